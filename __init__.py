@@ -1,0 +1,3 @@
+"""msq: plan, build and run mixed-scheme quantized language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,89 @@
+"""Independent check of a plan: partition, resources and loss, recomputed exactly.
+
+Shares no code with the solvers or with `structure`: counting and `math.fsum` over the chosen columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .problem import Problem
+
+CAP_TOLERANCE = 1e-9
+"""A plan may exceed a cap by this much, relative to the cap, to allow for rounding; no solver aims at it."""
+
+
+@dataclass(frozen=True, eq=False)
+class CheckReport:
+    """What a plan really is.
+
+    Attributes:
+        partition_ok: every layer of every group is covered exactly once.
+        usage: (resources,) use of each resource, `base` included.
+        excess: (resources,) ``usage - caps`` where positive, else 0.
+        loss: sum over the chosen columns.
+        feasible: `partition_ok` and no cap is exceeded by more than `CAP_TOLERANCE` relative.
+        message: one sentence on the first thing that is wrong; empty when feasible.
+    """
+
+    partition_ok: bool
+    usage: npt.NDArray[np.float64]
+    excess: npt.NDArray[np.float64]
+    loss: float
+    feasible: bool
+    message: str
+
+
+def check(problem: Problem, columns: npt.ArrayLike) -> CheckReport:
+    """Recompute everything about the plan that consists of `columns` (any order).
+
+    Columns that don't exist or appear twice make the partition wrong; they don't raise.
+    """
+    chosen = [int(column) for column in np.asarray(columns).ravel()]
+    known = [column for column in chosen if 0 <= column < problem.columns]
+    message = ""
+    if len(known) != len(chosen):
+        stranger = next(column for column in chosen if not 0 <= column < problem.columns)
+        message = f"column {stranger} doesn't exist; there are {problem.columns}"
+    message = message or _partition_message(problem, known)
+    usage = [
+        math.fsum([float(problem.base[r]), *(float(problem.usage[r, column]) for column in known)])
+        for r in range(problem.resources)
+    ]
+    caps = [float(cap) for cap in problem.caps]
+    broken = [r for r in range(problem.resources) if usage[r] - caps[r] > CAP_TOLERANCE * abs(caps[r])]
+    partition_ok = not message
+    if broken and not message:
+        r = broken[0]
+        message = (
+            f"{problem.resource_names[r]} is {usage[r]:.12g}, above its cap of {caps[r]:.12g} "
+            f"by {usage[r] - caps[r]:.3g}"
+        )
+    return CheckReport(
+        partition_ok=partition_ok,
+        usage=np.array(usage),
+        excess=np.array([max(0.0, use - cap) for use, cap in zip(usage, caps, strict=True)]),
+        loss=math.fsum(float(problem.loss[column]) for column in known),
+        feasible=partition_ok and not broken,
+        message=message,
+    )
+
+
+def _partition_message(problem: Problem, chosen: Sequence[int]) -> str:
+    """One sentence on the first layer that is not covered exactly once; empty if there is none."""
+    covered: Counter[tuple[int, int]] = Counter()
+    for column in chosen:
+        group, mask = int(problem.group[column]), int(problem.mask[column])
+        covered.update((group, layer) for layer in range(mask.bit_length()) if mask >> layer & 1)
+    for group, size in enumerate(problem.group_sizes.tolist()):
+        for layer in range(size):
+            times = covered[group, layer]
+            if times != 1:
+                return f"layer {layer} of group {group} is covered {times} times instead of once"
+    return ""

@@ -1,0 +1,131 @@
+"""Maximise a concave piecewise linear function of a few variables by cutting planes.
+
+Kelley's method (1960) with the smoothing of Wentges (1997): the master problem gives the point where the
+model of all cuts is largest; the function is asked halfway between that point and the best one so far, which
+keeps the points from jumping across the box, and at the master's point itself whenever the halfway cut
+doesn't cut it off. Ends when the model's maximum meets the best value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .clock import Clock
+from .errors import SolverError
+from .structure import Floats
+
+Cut = tuple[float, Floats]
+"""(c, g): the function is at most ``c + g @ point`` everywhere."""
+
+MAX_ITERATIONS = 300
+SMOOTHING = 0.5
+BOX_GROWTH = 10.0
+MAX_BOX_STEPS = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Maximum:
+    """Where the search ended.
+
+    Attributes:
+        point: (dimension,) best point.
+        value: the function there: a bound from below on the maximum.
+        upper: bound from above on the maximum over the domain last searched.
+        cuts: all cuts, first those given.
+        iterations: evaluations of the function.
+    """
+
+    point: Floats
+    value: float
+    upper: float
+    cuts: list[Cut]
+    iterations: int
+
+
+def maximise(
+    function: Callable[[Floats], Cut],
+    start: Floats,
+    *,
+    box: float,
+    simplex: bool = False,
+    cuts: Sequence[Cut] = (),
+    tolerance: float = 1e-9,
+    clock: Clock | None = None,
+    enough: Callable[[float], bool] = lambda value: False,
+) -> Maximum:
+    """Maximise over ``0 <= point <= box``, or over the unit simplex.
+
+    Args:
+        function: the cut that touches the function at a point; its value there is ``c + g @ point``.
+        start: (dimension,) first point.
+        box: bound on every coordinate, widened when the model's maximum lies on it. Ignored for the simplex.
+        simplex: coordinates add up to 1.
+        cuts: known cuts.
+        tolerance: stop when ``upper - value <= tolerance * |upper|``.
+        clock: stop when its limit has passed.
+        enough: stop when this holds for the best value.
+    """
+    clock = clock or Clock()
+    found = list(cuts)
+    best, best_value, upper = start, -math.inf, math.inf
+    iterations = widened = 0
+
+    def ask(query: Floats) -> Cut:
+        nonlocal best, best_value, iterations
+        cut = function(query)
+        found.append(cut)
+        iterations += 1
+        value = _at(cut, query)
+        if value > best_value:
+            best, best_value = query, value
+        return cut
+
+    def stop() -> bool:
+        return enough(best_value) or clock.over or iterations >= MAX_ITERATIONS
+
+    ask(start)
+    while not stop():
+        master, upper = _master(found, start.size, 1.0 if simplex else box, simplex)
+        slack = tolerance * max(abs(upper), np.finfo(np.float64).tiny)
+        if upper - best_value <= slack:
+            if simplex or widened == MAX_BOX_STEPS or (best < box * (1 - 1e-9)).all():
+                break
+            box *= BOX_GROWTH
+            widened += 1
+            continue
+        halfway = SMOOTHING * best + (1 - SMOOTHING) * master
+        if _at(ask(halfway), master) >= upper - slack and not stop():
+            ask(master)
+    return Maximum(best, best_value, upper, found, iterations)
+
+
+def _at(cut: Cut, point: Floats) -> float:
+    return cut[0] + float(cut[1] @ point)
+
+
+def _master(cuts: Sequence[Cut], dimension: int, box: float, simplex: bool) -> tuple[Floats, float]:
+    """The point where the least of all cuts is largest, and its value there."""
+    from scipy.optimize import linprog
+
+    rows = np.array([[1.0, *(-cut[1])] for cut in cuts])
+    result = linprog(
+        np.concatenate(([-1.0], np.zeros(dimension))),
+        A_ub=rows,
+        b_ub=np.array([cut[0] for cut in cuts]),
+        A_eq=np.array([[0.0] + [1.0] * dimension]) if simplex else None,
+        b_eq=np.ones(1) if simplex else None,
+        bounds=[(None, None)] + [(0.0, box)] * dimension,
+        method="highs",
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    if result.x is None:
+        raise SolverError(
+            f"the master problem of the cutting planes failed ({result.message}); expected losses and uses "
+            "whose sizes differ by less than about 1e12, rescale them"
+        )
+    point = np.maximum(result.x[1:], 0.0)
+    return point, min(_at(cut, point) for cut in cuts)

@@ -123,9 +123,7 @@ class ProfileManifest(_Part):
 
 
 _MANIFEST_FIELDS = tuple(
-    name
-    for part in (ProfileManifest, ModelPart, DevicePart, LossPart, LatencyPart)
-    for name in part.model_fields
+    name for part in (ProfileManifest, ModelPart, DevicePart, LossPart, LatencyPart) for name in part.model_fields
 )
 
 

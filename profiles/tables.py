@@ -110,9 +110,7 @@ class Profile:
             ProfileError: the profile has no such quantizer; near matches are named.
         """
         if label not in self._specs:
-            raise ProfileError(
-                f"the profile has no quantizer '{label}'; near matches: {near(label, self.labels)}."
-            )
+            raise ProfileError(f"the profile has no quantizer '{label}'; near matches: {near(label, self.labels)}.")
         return self._specs[label]
 
     def _with_measured(self, values: FloatArray, column: str) -> FloatArray:
@@ -138,9 +136,7 @@ def load_profile(path: str | Path) -> Profile:
     directory = Path(path)
     if not directory.is_dir():
         found = "it is a file" if directory.exists() else "there is none"
-        raise ProfileError(
-            f"expected a profile directory at {directory}; {found}; make one with `msq profile`."
-        )
+        raise ProfileError(f"expected a profile directory at {directory}; {found}; make one with `msq profile`.")
     contents = {MANIFEST_FILE: read_bytes(directory / MANIFEST_FILE, "profile manifest")}
     for table in TABLES:
         if table in (LAYERS, QUANTIZERS) or (directory / table.file).exists():
@@ -228,9 +224,7 @@ def _check_digests(manifest: ProfileManifest, digests: Mapping[str, str], where:
         if name not in tables:
             raise ProfileError(f"{where} lists {name}, which is missing; restore it or measure again.")
         if name not in manifest.files:
-            raise ProfileError(
-                f"{where} does not list {name}, which lies beside it; remove or list the table."
-            )
+            raise ProfileError(f"{where} does not list {name}, which lies beside it; remove or list the table.")
         if manifest.files[name] != digests[name]:
             raise ProfileError(
                 f"{name} was changed after {where} was written (SHA-256 {digests[name][:12]}…, expected "
@@ -268,9 +262,7 @@ def _sorted_layers(layers: pd.DataFrame, manifest: ProfileManifest, where: str) 
     repeated = layers.duplicated(["fusion_group", "role"])
     if repeated.any():
         row = layers[repeated].iloc[0]
-        raise ProfileError(
-            f"{where}: the fusion group {row['fusion_group']} has two layers of role {row['role']}."
-        )
+        raise ProfileError(f"{where}: the fusion group {row['fusion_group']} has two layers of role {row['role']}.")
     if groups.size().max() > MAX_GROUP_LAYERS:
         raise ProfileError(
             f"{where}: the fusion group {groups.size().idxmax()} has {groups.size().max()} layers; "
@@ -286,9 +278,7 @@ def _sorted_quantizers(quantizers: pd.DataFrame, where: str) -> pd.DataFrame:
     specs = pd.Series(_specs(quantizers, where))
     repeated = specs.duplicated()
     if repeated.any():
-        raise ProfileError(
-            f"{where}: {specs.index[repeated][0]} has the fields of another quantizer; keep one."
-        )
+        raise ProfileError(f"{where}: {specs.index[repeated][0]} has the fields of another quantizer; keep one.")
     families = list(Family)
     keys = [(families.index(s.family), s.bits, s.state_bits) for s in specs]
     order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -302,23 +292,17 @@ def _specs(quantizers: pd.DataFrame, where: str) -> dict[str, QuantizerSpec]:
         quantizers["quantizer"], quantizers["family"], quantizers["bits_per_weight"], states, strict=True
     ):
         if family not in list(Family):
-            raise ProfileError(
-                f"{where}: {label} is of an unknown family '{family}'; known: {', '.join(Family)}."
-            )
+            raise ProfileError(f"{where}: {label} is of an unknown family '{family}'; known: {', '.join(Family)}.")
         trellis = family in (Family.TCQ, Family.HALF_TCQ)
         default = DEFAULT_STATE_BITS if trellis else 0
         try:
-            specs[label] = QuantizerSpec(
-                Family(family), float(bits), default if state is None else int(state)
-            )
+            specs[label] = QuantizerSpec(Family(family), float(bits), default if state is None else int(state))
         except QuantizerError as cause:
             raise ProfileError(f"{where}: {label}: {cause}") from cause
     return specs
 
 
-def _sorted_errors(
-    errors: pd.DataFrame, layers: pd.DataFrame, quantizers: pd.DataFrame, where: str
-) -> pd.DataFrame:
+def _sorted_errors(errors: pd.DataFrame, layers: pd.DataFrame, quantizers: pd.DataFrame, where: str) -> pd.DataFrame:
     rows = _known(errors["layer"], layers["layer"], "layer", LAYERS.file, where)
     columns = _known(errors["quantizer"], quantizers["quantizer"], "quantizer", QUANTIZERS.file, where)
     return errors.iloc[np.lexsort((columns, rows))].reset_index(drop=True)
@@ -335,9 +319,7 @@ def _sorted_latency(
     assert manifest.latency is not None
     listed, found = set(manifest.latency.batch_sizes), set(latency["batch_size"].tolist())
     if listed != found:
-        raise ProfileError(
-            f"{where} covers batch sizes {sorted(found)}, the manifest lists {sorted(listed)}."
-        )
+        raise ProfileError(f"{where} covers batch sizes {sorted(found)}, the manifest lists {sorted(listed)}.")
     rank = dict(zip(layers["role"], _role_rank(layers["role"]), strict=True))
     spelling = {}
     for pattern in latency["pattern"].unique():
@@ -362,16 +344,12 @@ def _sorted_latency(
     return order.drop(columns="order").reset_index(drop=True)
 
 
-def _known(
-    values: pd.Series[Any], table: pd.Series[Any], kind: str, file: str, where: str
-) -> npt.NDArray[np.intp]:
+def _known(values: pd.Series[Any], table: pd.Series[Any], kind: str, file: str, where: str) -> npt.NDArray[np.intp]:
     """The row in `table` of every value; each has to be there."""
     position: npt.NDArray[np.intp] = pd.Index(table).get_indexer(pd.Index(values))
     if (position < 0).any():
         name = str(values[position < 0].iloc[0])
-        raise ProfileError(
-            f"{where}: {file} has no {kind} '{name}'; near matches: {near(name, table.tolist())}."
-        )
+        raise ProfileError(f"{where}: {file} has no {kind} '{name}'; near matches: {near(name, table.tolist())}.")
     return position
 
 

@@ -96,7 +96,7 @@ class _Ideal:
 
     def rates(self, constant: float) -> Floats:
         """b* of Theorem 3.1 at C = `constant`; (layers,)."""
-        return np.maximum(self.floor, self.level + constant)
+        return np.asarray(np.maximum(self.floor, self.level + constant))
 
     def range(self) -> tuple[float, float]:
         """C below which all rates are least, and C above which all are beyond the highest on offer."""
@@ -117,7 +117,7 @@ class _Ideal:
 
         def relative(value: Floats) -> Floats:
             largest = np.maximum.reduceat(value, start)
-            return value / np.where(largest > 0, largest, 1.0)[problem.group]
+            return np.asarray(value / np.where(largest > 0, largest, 1.0)[problem.group])
 
         use = sum(relative(usage) for usage in problem.usage)
         return LOSS_TIE * relative(problem.loss) + USE_TIE * np.asarray(use)
@@ -159,6 +159,7 @@ class _Ideal:
             else:
                 high = middle
         rates = self.rates(low)
-        price = 16 * math.log(2) * 4.0**-low
+        price = float(16 * math.log(2) * 4.0**-low)
         ideal = float(self.sensitivity @ 4.0**-rates)
-        return (ideal + price * (float(self.weights @ rates) / 8 - room)) * (1 - 1e-9)
+        bound = ideal + price * (float(self.weights @ rates) / 8 - room)
+        return bound - 1e-9 * abs(bound)

@@ -149,7 +149,7 @@ def validation_sentence(cause: ValidationError, where: str, fields: tuple[str, .
         fields: names to offer as near matches of an unknown field.
     """
     first, *others = cause.errors(include_url=False)
-    field = ".".join(str(part) for part in first["loc"]) or "content"
+    field = ".".join(str(part) for part in first["loc"])
     more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''} in this file)" if others else ""
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
@@ -159,6 +159,8 @@ def validation_sentence(cause: ValidationError, where: str, fields: tuple[str, .
         return f"{where}: the field '{field}' is missing; add it.{more}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if not field:  # a rule between fields
+        return f"{where}: {message.rstrip('.')}.{more}"
     value = first["input"]
     got = f"; got {value!r}" if isinstance(value, (str, int, float, type(None))) else ""
     return f"{where}: the field '{field}' is wrong: {message.rstrip('.')}{got}.{more}"

@@ -10,12 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..kernels.errors import QuantizerError
 from ..kernels.specs import Family, QuantizerSpec
-from ..profiles.files import read_yaml, validation_sentence, write_atomic
+from ..profiles.files import dump_yaml, read_yaml, validation_sentence, write_atomic
 from ..profiles.schema import Digest, Name, check_schema_version
 from .errors import PlanError
 
@@ -188,28 +187,13 @@ _FIELDS = tuple(
 )
 
 
-class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
-    """Safe YAML without anchors, which would tie equal entries together."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
 def save_plan(plan: Plan, path: str | Path) -> None:
     """Writes a plan as YAML, whole or not at all; floats read back exactly.
 
     Raises:
         PlanError: the file can't be written.
     """
-    content = yaml.dump(
-        plan.model_dump(mode="json"),
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        default_flow_style=None,
-        width=110,
-    )
-    write_atomic(Path(path), content, PlanError)
+    write_atomic(Path(path), dump_yaml(plan), PlanError)
 
 
 def load_plan(path: str | Path) -> Plan:

@@ -300,6 +300,11 @@ def _no_plan(built: BuiltProblem, solution: Solution, time_limit: float) -> Plan
     sentences = [f"{budgets[i].text} can't be met: {_within_reach(built, i, least[i])}" for i in short]
     if sentences:
         return InfeasibleBudgetError(f"{'; '.join(sentences)}; {_remedy([budgets[i] for i in short])}.")
+    if len(budgets) == 1:
+        return PlanError(
+            f"solver '{solution.solver}' says that {budgets[0].text} can't be met, yet {budgets[0].in_unit(least[0])} "
+            "is within reach; try another solver and report this."
+        )
     alone = ", ".join(f"{budget.in_unit(least[i])}" for i, budget in enumerate(budgets))
     factor = f" by a factor of at least {reach.common_scale:.4g}" if reach.common_scale > 1 else ""
     return InfeasibleBudgetError(

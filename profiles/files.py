@@ -13,11 +13,12 @@ import hashlib
 import io
 import os
 import secrets
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .errors import ProfileError
 
@@ -111,6 +112,29 @@ def parse_yaml(content: bytes, where: str, error: type[ValueError] = ProfileErro
 def read_yaml(path: Path, kind: str, error: type[ValueError] = ProfileError) -> dict[str, Any]:
     """The mapping at the top of the YAML file `path`."""
     return parse_yaml(read_bytes(path, kind, error), str(path), error)
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """Safe YAML without anchors, which would tie equal entries together."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Dumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(str(value)))
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_list(value))
+
+
+def dump_yaml(model: BaseModel, *, exclude_none: bool = False) -> str:
+    """A model as YAML: fields in their order, the innermost on one line, floats that read back exactly."""
+    return yaml.dump(
+        model.model_dump(exclude_none=exclude_none),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=None,
+        width=110,
+    )
 
 
 def parse_csv(content: bytes, where: str, error: type[ValueError] = ProfileError) -> dict[str, list[str]]:

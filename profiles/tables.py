@@ -19,12 +19,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import yaml
 
 from ..kernels.errors import QuantizerError
 from ..kernels.specs import DEFAULT_STATE_BITS, Family, QuantizerSpec
 from .errors import ProfileError
-from .files import parse_yaml, read_bytes, write_atomic
+from .files import dump_yaml, parse_yaml, read_bytes, write_atomic
 from .schema import (
     ARCHITECTURES,
     ERRORS,
@@ -170,8 +169,8 @@ def save_profile(
         if frame is not None
     }
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    fields = manifest.model_copy(update={"files": digests}).model_dump(mode="json", exclude_none=True)
-    contents[MANIFEST_FILE] = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True).encode()
+    written = manifest.model_copy(update={"files": digests})
+    contents[MANIFEST_FILE] = dump_yaml(written, exclude_none=True).encode()
     profile = _assemble(contents, directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)

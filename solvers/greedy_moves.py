@@ -27,7 +27,7 @@ def repair(problem: Problem, plan: Integers, clock: Clock) -> Integers:
     plan = np.sort(plan)
     columns, position = _alternatives(problem, plan)
     unit = np.maximum(np.abs(problem.caps), np.finfo(np.float64).tiny)
-    tiny = np.finfo(np.float64).eps * float(problem.loss[plan].sum() + problem.loss.max())
+    tiny = np.finfo(np.float64).eps * float(problem.loss[plan].sum() + problem.loss.max()) or 1.0
     while not fits(problem, plan) and not clock.over:
         excess = total_usage(problem, plan) - usable_caps(problem)
         change = problem.usage[:, columns] - problem.usage[:, plan[position]]

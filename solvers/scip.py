@@ -1,9 +1,10 @@
 """SCIP, through the vectorised model builder of OR-Tools.
 
-Numerics. SCIP's tolerances are absolute for rows of order 1, so every resource row is divided by its room,
-and the loss is scaled by its size in the starting plan; in raw seconds a tolerance of 1e-7 let it break caps. The feasibility
-tolerance is 1e-9, and the gap the caller's (OR-Tools' default for SCIP is 1e-4). Should a plan break a cap all the same, the cap is lowered by a hair and SCIP runs again; the bound that is reported is always
-that of the original caps.
+Numerics. SCIP's tolerances are absolute for rows of order 1, so every resource row is divided by its room, and
+the loss is scaled by its size in the starting plan; in raw seconds a tolerance of 1e-7 let it break caps. The
+feasibility tolerance is 1e-9, and the gap the caller's (OR-Tools' default for SCIP is 1e-4). Should a plan
+break a cap all the same, the cap is lowered by a hair and SCIP runs again; the bound that is reported is
+always that of the original caps.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from .structure import Integers, offsets
 
 FEASIBILITY_TOLERANCE = 1e-9
 LOSS_SIZE = 1e3
-"""The loss is scaled to this: SCIP's 1e-7 on reduced costs is then worth 1e-10 of it. (A tighter setting of that
-tolerance makes SCIP complain on stderr.)"""
+"""The loss is scaled to this: SCIP's 1e-7 on reduced costs is then worth 1e-10 of it. (A tighter setting of
+that tolerance makes SCIP complain on stderr.)"""
 TIGHTENINGS = (3e-9, 3e-8, 3e-7)
 """Relative reductions of the caps tried when SCIP's plan breaks one."""
 MAX_SEED = 2**31 - 1
@@ -90,7 +91,7 @@ class ScipSolver(Solver):
             lower_bound=first.lower_bound,
             infeasible=infeasible,
             optimal=first.status == "OPTIMAL" and runs == 1,
-            limit=Limit.TIME if options.clock.over and not proven else Limit.NONE,
+            limit=Limit.TIME if first.status in ("FEASIBLE", "NOT_SOLVED") and not proven else Limit.NONE,
             multipliers=start.multipliers,
             stats=stats,
         )

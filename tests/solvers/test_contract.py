@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-
 from msq.solvers.check import check
 from msq.solvers.errors import SolverError
 from msq.solvers.problem import Problem
@@ -48,9 +47,7 @@ def assert_honest(problem: Problem, solution: Solution, optimum: float) -> None:
 
 @pytest.mark.parametrize("resources", [1, 2, 3])
 @pytest.mark.parametrize("tightness", TIGHTNESS)
-def test_random_problems_agree_with_brute_force(
-    solver_name, make_random, brute, resources, tightness
-) -> None:
+def test_random_problems_agree_with_brute_force(solver_name, make_random, brute, resources, tightness) -> None:
     kind = solver_class(solver_name)
     for seed in SEEDS:
         problem = make_random(1000 * resources + seed, resources, tightness)

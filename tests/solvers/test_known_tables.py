@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from msq.solvers.check import check
 from msq.solvers.frontier import frontier
 from msq.solvers.problem import Problem, column_order

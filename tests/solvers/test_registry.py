@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-
 from msq.solvers.base import Solver
 from msq.solvers.errors import SolverError
 from msq.solvers.registry import abilities, get_solver, missing_requirements, solver_class, solver_names

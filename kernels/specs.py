@@ -36,7 +36,7 @@ class Family(StrEnum):
     HALF_TCQ = "half_tcq"  # trellis-coded, two rates half a bit apart, split along the input dimension
 
 
-_HALF_STEPS = {family: 0.5 for family in (Family.VQ, Family.TCQ, Family.HALF_TCQ)}
+_HALF_STEPS = dict.fromkeys((Family.VQ, Family.TCQ, Family.HALF_TCQ), 0.5)
 _RANGES: dict[Family, tuple[float, float]] = {
     Family.INT: (2, 8),
     Family.NUQ: (2, 8),
@@ -68,9 +68,7 @@ class QuantizerSpec:
         low, high = _RANGES[family]
         step = _HALF_STEPS.get(family, 1.0)
         if not low <= self.bits <= high or (self.bits - low) % step:
-            raise QuantizerError(
-                f"{family} comes in {low:g} to {high:g} bits in steps of {step:g}; got {self.bits:g}."
-            )
+            raise QuantizerError(f"{family} comes in {low:g} to {high:g} bits in steps of {step:g}; got {self.bits:g}.")
         if self.has_trellis:
             if not 2 * self.rates[-1] < self.state_bits <= 16:
                 raise QuantizerError(

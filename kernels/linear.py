@@ -1,0 +1,174 @@
+"""Linear modules that run on quantized weights, and the implementations that a plan may name.
+
+An `Implementation` says for which (spec, shape, batch, device) it works, and why not otherwise; the profiler measures
+only what is supported, so a plan holds nothing else. `reference` decodes the packed weight in plain torch at every
+call: right on any device, slow, and the twin that every kernel is held against.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import QuantizerError
+from .quantize import QuantizedWeight, decode, from_tensors
+from .rotation import rotate
+from .specs import TILE, QuantizerSpec
+
+
+class QuantizedLinear(nn.Module):
+    """``y = x W^T + b`` with W packed; buffers are named as in a checkpoint (`quantize.tensor_shapes`).
+
+    Args:
+        weight: the packed layer, or several stacked by `stack`.
+        bias: ``(out_features,)`` or None.
+    """
+
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.spec = weight.spec
+        self.out_features = weight.out_features
+        self.in_features = weight.in_features
+        self.rotation_seed = weight.rotation_seed
+        for name, tensor in weight.tensors():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", bias)
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        """The packed layer (a view of the buffers)."""
+        tensors = dict(self.named_buffers(recurse=False))
+        return from_tensors(self.spec, self.out_features, self.in_features, self.rotation_seed, tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``, computed in float32, returned in the dtype of `x`."""
+        turned = x.float() if self.rotation_seed is None else rotate(x, self.rotation_seed)
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(turned, decode(self.weight), bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.label}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """One weight with the rows of several: what a fused kernel runs.
+
+    Raises:
+        QuantizerError: they differ in quantizer, codebook, input or rotation, or a part has unfilled tiles.
+    """
+    first = weights[0]
+    for other in weights[1:]:
+        if (other.spec, other.in_features, other.rotation_seed) != (first.spec, first.in_features, first.rotation_seed):
+            raise QuantizerError(
+                f"fused layers must share quantizer, input and rotation; got {first.spec.label} of {first.in_features} "
+                f"inputs (seed {first.rotation_seed}) and {other.spec.label} of {other.in_features} "
+                f"(seed {other.rotation_seed})."
+            )
+        if not torch.equal(other.codebook, first.codebook):
+            raise QuantizerError(f"fused {first.spec.label} layers must share one codebook; theirs differ.")
+    for part in weights[:-1]:
+        if part.out_features % TILE:
+            raise QuantizerError(f"a fused layer needs rows in multiples of {TILE}; got {part.out_features}.")
+    packed = tuple(torch.cat(parts) for parts in zip(*(w.packed for w in weights), strict=True))
+    rows = sum(w.out_features for w in weights)
+    scales = torch.cat([w.scales for w in weights])
+    return QuantizedWeight(first.spec, rows, first.in_features, first.rotation_seed, packed, scales, first.codebook)
+
+
+class FusedLinear(nn.Module):
+    """Several layers of one input as one product; `slices` are the modules to put where the layers were.
+
+    The slice that is called first with an input runs the product for all; the others hand out their rows of it. A slice
+    called with any other input (another object, or one changed in place since) runs the product anew, so the order of
+    calls never matters for the result.
+    """
+
+    def __init__(self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        rows = [w.out_features for w in weights]
+        bias = None
+        if any(b is not None for b in biases):
+            bias = torch.cat(
+                [w.scales.new_zeros(w.out_features) if b is None else b for w, b in zip(weights, biases, strict=True)]
+            )
+        self.linear = QuantizedLinear(stack(weights), bias)
+        self._rows = rows
+        self._input: tuple[Tensor, int] | None = None
+        self._waiting: dict[int, Tensor] = {}
+
+    def slices(self) -> list[FusedSlice]:
+        """One module per layer, in order; the first one owns the weights."""
+        return [FusedSlice(self, index) for index in range(len(self._rows))]
+
+    def rows_of(self, index: int, x: Tensor) -> Tensor:
+        """The output of layer `index` for `x`, ``(..., rows[index])``."""
+        known = self._input is not None and self._input[0] is x and self._input[1] == x._version
+        if not known or index not in self._waiting:
+            self._input = (x, x._version)
+            self._waiting = dict(enumerate(self.linear(x).split(self._rows, dim=-1)))
+        result = self._waiting.pop(index)
+        if not self._waiting:
+            self._input = None
+        return result
+
+
+class FusedSlice(nn.Module):
+    """The place of one layer in a `FusedLinear`."""
+
+    def __init__(self, fused: FusedLinear, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self._shared = [fused]  # in a list, so that only the first slice registers it as a submodule
+        if index == 0:
+            self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._shared[0].rows_of(self.index, x)
+
+    def extra_repr(self) -> str:
+        fused = self._shared[0]
+        return f"rows {self.index} of {len(fused._rows)}, {fused.linear.extra_repr()}"
+
+
+class Implementation(ABC):
+    """A way to run a quantized layer.
+
+    Attributes:
+        name: as in latency tables and plans.
+    """
+
+    name: str
+
+    @abstractmethod
+    def unsupported_reason(
+        self, spec: QuantizerSpec, out_features: int, in_features: int, batch_size: int, device: torch.device
+    ) -> str | None:
+        """None where it works, else one sentence that says why not."""
+
+    @abstractmethod
+    def linear(self, weight: QuantizedWeight, bias: Tensor | None = None) -> nn.Module:
+        """The module that runs a layer."""
+
+
+class ReferenceImplementation(Implementation):
+    """Decode in torch, then multiply; any shape, batch and device."""
+
+    name = "reference"
+
+    def unsupported_reason(
+        self, spec: QuantizerSpec, out_features: int, in_features: int, batch_size: int, device: torch.device
+    ) -> str | None:
+        return None
+
+    def linear(self, weight: QuantizedWeight, bias: Tensor | None = None) -> nn.Module:
+        return QuantizedLinear(weight, bias)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (ReferenceImplementation(),)}
+"""Every implementation that can run here, by name."""

@@ -1,0 +1,93 @@
+"""Tail-biting Viterbi search over the bitshift trellis, many tiles at once.
+
+The trellis of QTIP (arXiv 2406.11235, section 3): state ``s_t`` is the ``state_bits`` stream bits that start at bit
+``t * width``, so ``s_{t+1}`` shares all but ``width`` of them with ``s_t``:
+
+    s_t >> width == s_{t+1} & (2**(state_bits - width) - 1) =: u_{t+1}
+
+Going from the last step to the first, the best cost of finishing in state s is
+
+    V_t[s] = |x_t - p_s|^2 + M_{t+1}[s >> width],      M_t[u] = min_j V_t[j * 2**(state_bits - width) + u]
+
+which touches each state twice a step, whatever the width. Only M is kept (``2**(state_bits - width)`` floats a step);
+the trace-back forms the few V it needs again.
+
+The stream of a tile is a circle (tail-biting): the ``state_bits - width`` bits shared by the last and the first state
+must agree. As in QTIP, a first search on the sequence turned by half its length, with free ends, fixes those bits, and
+a second search is exact given them (Algorithm 4 there).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BYTES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 29}
+"""Size of one cost array: it should stay in a CPU core's second-level cache, and fill a GPU."""
+_LEAST_TILES = 16
+"""Tiles are the innermost dimension, so a batch must fill a vector register or two."""
+
+
+def viterbi_encode(pairs: Tensor, points: Tensor, width: int) -> Tensor:
+    """The tail-biting code of least squared error.
+
+    Args:
+        pairs: ``(tiles, steps, 2)`` float32, what to approximate.
+        points: ``(2**state_bits, 2)`` float32, the pair that each state stands for.
+        width: stream bits a step.
+
+    Returns:
+        ``(tiles, steps)`` int32: the new bits of each step, to be packed by `packing.pack`.
+    """
+    bytes_in_flight = _BYTES_IN_FLIGHT.get(pairs.device.type, _BYTES_IN_FLIGHT["cpu"])
+    batch = max(_LEAST_TILES, bytes_in_flight // (4 * len(points)))
+    search = _Search(points, width)
+    codes = [search.encode(chunk) for chunk in pairs.split(batch)]
+    return torch.cat(codes) if codes else torch.empty(pairs.shape[:2], dtype=torch.int32, device=pairs.device)
+
+
+class _Search:
+    """A trellis with what every step needs of it."""
+
+    def __init__(self, points: Tensor, width: int) -> None:
+        self.width = width
+        self.states = len(points)
+        self.fan = 1 << width
+        self.overlaps = self.states >> width
+        # |x - p|^2 without its constant |x|^2 is the product of these rows with (x0, x1, 1).
+        self.rows = torch.cat([-2 * points, points.square().sum(-1, keepdim=True)], dim=1)
+
+    def encode(self, pairs: Tensor) -> Tensor:
+        """``(tiles, steps, 2)`` -> codes ``(tiles, steps)`` int32."""
+        steps = pairs.shape[1]
+        inputs = torch.cat([pairs, torch.ones_like(pairs[..., :1])], dim=-1).permute(1, 2, 0).contiguous()
+        half = steps // 2
+        free = self._best_path(inputs.roll(-half, dims=0), overlap=None)
+        overlap = free[steps - half] & self.overlaps - 1
+        return (self._best_path(inputs, overlap) & self.fan - 1).T.to(torch.int32)
+
+    def _best_path(self, inputs: Tensor, overlap: Tensor | None) -> Tensor:
+        """Best states, ``(steps, tiles)`` int64; `overlap` ``(tiles,)`` fixes the bits that both ends share.
+
+        Args:
+            inputs: ``(steps, 3, tiles)``, rows x0, x1 and 1.
+        """
+        steps, _, tiles = inputs.shape
+        kept = inputs.new_zeros(steps + 1, self.overlaps, tiles)
+        if overlap is not None:
+            kept[steps].fill_(torch.inf).scatter_(0, overlap.unsqueeze(0), 0.0)
+        cost = inputs.new_empty(self.states, tiles)
+        for t in range(steps - 1, -1, -1):
+            torch.mm(self.rows, inputs[t], out=cost)
+            cost.view(self.overlaps, self.fan, tiles).add_(kept[t + 1].unsqueeze(1))
+            torch.amin(cost.view(self.fan, self.overlaps, tiles), dim=0, out=kept[t])
+        path = torch.empty(steps, tiles, dtype=torch.int64, device=inputs.device)
+        heads = torch.arange(self.fan, device=inputs.device).unsqueeze(1) * self.overlaps
+        low = kept[0].argmin(dim=0) if overlap is None else overlap
+        for t in range(steps):
+            candidates = heads + low
+            distance = (self.rows[candidates] * inputs[t].T).sum(-1)
+            choice = (distance + kept[t + 1].gather(0, candidates >> self.width)).argmin(dim=0, keepdim=True)
+            path[t] = candidates.gather(0, choice).squeeze(0)
+            low = path[t] >> self.width
+        return path

@@ -198,7 +198,7 @@ class Solver(ABC):
             objective=objective,
             lower_bound=lower_bound,
             status=status,
-            limit=answer.limit,
+            limit=Limit.NONE if status in (Status.OPTIMAL, Status.INFEASIBLE) else answer.limit,
             solver=self.name,
             seconds=options.clock.seconds,
             multipliers=answer.multipliers,

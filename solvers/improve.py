@@ -78,7 +78,7 @@ def _move(problem: Problem, state: _State, configurations: Configurations, multi
     loss = configurations.loss - state.loss[configurations.group]
     usage = configurations.usage - state.usage[:, configurations.group]
     excess = float((np.maximum(-room, 0.0) / unit).sum())
-    moves = _promising(state, configurations, loss + multipliers @ usage, usage, excess)
+    moves = _promising(state, configurations, loss + multipliers @ usage, usage / unit[:, None], excess)
     # the last move is to stand still
     group = np.append(configurations.group[moves], -1)
     loss = np.append(loss[moves], 0.0)
@@ -109,7 +109,10 @@ def _move(problem: Problem, state: _State, configurations: Configurations, multi
 
 
 def _promising(state: _State, configurations: Configurations, priced: Floats, usage: Floats, excess: float) -> Integers:
-    """At most `PAIR_MOVES` real moves, least priced change first; for a plan above a cap also the leanest."""
+    """At most `PAIR_MOVES` real moves: those of least priced change and, for a plan above a cap, the leanest.
+
+    `usage` (resources, configurations) is the change relative to the caps.
+    """
     real = np.flatnonzero(np.arange(configurations.count) != state.chosen[configurations.group])
     if real.size <= PAIR_MOVES:
         return real

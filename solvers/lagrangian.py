@@ -95,7 +95,7 @@ def _repair(
 
 
 def _starts(problem: Problem, pool: list[Integers], cost: Floats, best: Integers | None) -> list[Integers]:
-    """The plans of least priced cost, those that break caps counting by how much; the best one first."""
+    """`best`, then the plans of least priced cost; of equal ones those that break the caps least."""
     unit = np.maximum(np.abs(problem.caps), np.finfo(np.float64).tiny)
 
     def key(plan: Integers) -> tuple[float, float]:

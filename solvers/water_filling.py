@@ -58,7 +58,8 @@ class WaterFillingSolver(Solver):
         if not fits(problem, plan):
             proven = reachable(problem, clock=options.clock, only_prove=True).proven_infeasible
             remark = "the rounded plan can't be repaired by single exchanges; another solver may find one"
-            return Answer(infeasible=proven, stats={} if proven else {"remark": remark})
+            limit = Limit.TIME if options.clock.over else Limit.NONE
+            return Answer(infeasible=proven, limit=limit, stats={} if proven else {"remark": remark})
         return Answer(
             columns=fill(problem, plan, options.clock),
             lower_bound=ideal.lower_bound(),

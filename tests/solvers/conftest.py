@@ -140,6 +140,7 @@ def known_problems() -> list[Known]:
         Known("fusion saves", build_problem(fused, [3.5]), 4.0),
         Known("fusion impossible", build_problem(fused, [2.5]), float("inf")),
         Known("jointly infeasible", build_problem(joint, [2, 2]), float("inf")),
+        Known("provably jointly infeasible", build_problem(joint, [1.9, 1.9]), float("inf")),
         Known("one of two caps binds", build_problem(joint, [1, 100]), 1.0),
     ]  # fmt: skip
 

@@ -176,7 +176,8 @@ def validation_sentence(cause: ValidationError, where: str, fields: tuple[str, .
     field = ".".join(str(part) for part in first["loc"])
     more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''} in this file)" if others else ""
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(first["loc"][-1]), fields, n=1)
+        name = str(first["loc"][-1])
+        near = difflib.get_close_matches(name, [other for other in fields if other != name], n=1)
         hint = f"did you mean '{near[0]}'?" if near else "remove it, or upgrade msq if a newer one wrote it."
         return f"{where}: unknown field '{field}'; {hint}{more}"
     if first["type"] == "missing":

@@ -260,9 +260,7 @@ def _kernel_columns(
     matched: pd.DataFrame, labels: tuple[str, ...], names: tuple[str, ...], batches: tuple[int, ...]
 ) -> _Columns:
     """A column per kernel that was measured at every budgeted batch size."""
-    wide = matched.pivot_table(
-        index=["mask", "quantizer", "implementation"], columns="batch_size", values="latency_us", sort=False
-    )
+    wide = matched.pivot(index=["mask", "quantizer", "implementation"], columns="batch_size", values="latency_us")
     wide = wide.reindex(columns=list(batches)).dropna().reset_index()
     return _Columns(
         mask=wide["mask"].to_numpy(np.int64),

@@ -65,8 +65,8 @@ def make_plan(
         InfeasibleBudgetError: no plan meets the budgets; says what is within reach.
         PlanError: the input is wrong, or the solver ended with neither a plan nor a proof.
     """
-    built = build_problem(profile, budgets, quantizers=quantizers, implementations=implementations, fusion=fusion)
     try:
+        built = build_problem(profile, budgets, quantizers=quantizers, implementations=implementations, fusion=fusion)
         solution = get_solver(solver).solve(
             built.problem, time_limit=time_limit, rel_gap=rel_gap, seed=seed, threads=threads
         )

@@ -260,7 +260,9 @@ def _kernel_columns(
     matched: pd.DataFrame, labels: tuple[str, ...], names: tuple[str, ...], batches: tuple[int, ...]
 ) -> _Columns:
     """A column per kernel that was measured at every budgeted batch size."""
-    wide = matched.pivot(index=["mask", "quantizer", "implementation"], columns="batch_size", values="latency_us")
+    keys = ["mask", "quantizer", "implementation"]
+    # Not pivot_table, which would average a kernel that is there twice.
+    wide = matched.pivot(index=keys, columns="batch_size", values="latency_us")  # noqa: PD010
     wide = wide.reindex(columns=list(batches)).dropna().reset_index()
     return _Columns(
         mask=wide["mask"].to_numpy(np.int64),

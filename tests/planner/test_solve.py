@@ -244,6 +244,20 @@ def test_a_solution_that_does_not_hold_is_refused(profile: Profile) -> None:
         plan_of(built, broken)
 
 
+def test_tables_that_disagree_with_the_problem_are_noticed(
+    profile: Profile, tmp_path: Path, manifest: ProfileManifest, tables: Tables
+) -> None:
+    built = build_problem(profile, parse_budgets(["memory=3bpw", "latency=250us"]))
+    solution = get_solver("lagrangian").solve(built.problem)
+    plan_of(built, solution)
+    louder = tables["layers"].assign(sensitivity=tables["layers"]["sensitivity"] * 1.001)
+    slower = tables["latency"].assign(latency_us=tables["latency"]["latency_us"] * 10)
+    for changed, message in (({"layers": louder}, "the tables give a loss of"), ({"latency": slower}, "above its cap")):
+        other = save_profile(tmp_path / "other", manifest, **(tables | changed))
+        with pytest.raises(PlanError, match=message):
+            plan_of(replace(built, profile=other), solution)
+
+
 def test_json(profile: Profile) -> None:
     plan = plan_for(profile, "latency=250us", "memory=3bpw", implementations=["cuda_core"])
     value = plan_json(plan)

@@ -74,7 +74,7 @@ def _smallest_order(odd: int, max_power: int) -> int | None:
 
 def _odd_splits(odd: int) -> list[tuple[int, ...]]:
     """All ways to write an odd number as a non-decreasing product of factors above one."""
-    splits = [(odd,)]
+    splits: list[tuple[int, ...]] = [(odd,)]
     for d in range(3, math.isqrt(odd) + 1, 2):
         if odd % d == 0:
             splits += [(d, *rest) for rest in _odd_splits(odd // d) if rest[0] >= d]

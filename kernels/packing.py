@@ -96,4 +96,4 @@ def sliding_states(codes: Tensor, width: int, state_bits: int) -> Tensor:
     states = codes.clone()
     for step in range(1, -(-state_bits // width)):
         states |= codes.roll(-step, dims=-1) << step * width
-    return states & (1 << state_bits) - 1
+    return states.bitwise_and((1 << state_bits) - 1)

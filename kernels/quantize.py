@@ -161,19 +161,18 @@ def quantize(
             "rescale the weight."
         )
     scales = scales.half()
+    rows, columns = values.shape
     divisor = scales.float().unsqueeze(1)
     unit = torch.where(divisor > 0, values / divisor, 0.0)
     packed = []
-    for pairs, coder in zip(
-        to_pairs(unit).split(spec.segment_tiles(values.shape[1]), dim=1), coders(spec), strict=True
-    ):
+    for pairs, coder in zip(to_pairs(unit).split(spec.segment_tiles(columns), dim=1), coders(spec), strict=True):
         codes = coder.encode(pairs.flatten(0, 1), table).unflatten(0, pairs.shape[:2])
         packed.append(pack(codes, coder.width))
-    draft = QuantizedWeight(spec, *values.shape, seed, tuple(packed), scales, table)
+    draft = QuantizedWeight(spec, rows, columns, seed, tuple(packed), scales, table)
     unit_values = decode_unit(draft)
     power = unit_values.square().sum(dim=1)
     refit = torch.where(power > 0, (values * unit_values).sum(dim=1) / power, 0.0)
-    return QuantizedWeight(spec, *values.shape, seed, draft.packed, refit.clamp(0, _LARGEST_FP16).half(), table)
+    return QuantizedWeight(spec, rows, columns, seed, draft.packed, refit.clamp(0, _LARGEST_FP16).half(), table)
 
 
 def _best_int_steps(values: Tensor, bits: int) -> Tensor:

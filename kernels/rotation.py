@@ -7,6 +7,7 @@ Layers that share an input share its signs, and so one rotation of it. Signs com
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +15,16 @@ import torch
 from torch import Tensor
 
 from .hadamard import apply_hadamard, hadamard_plan
+
+
+def input_seed(input_name: str, seed: int = 0) -> int:
+    """The sign seed of one input of a model, 0 <= seed < 2**63.
+
+    Args:
+        input_name: what names the input; msq uses the fusion group of the layers that read it.
+        seed: the seed of the whole model.
+    """
+    return int.from_bytes(hashlib.sha256(f"{seed}:{input_name}".encode()).digest()[:8], "little") >> 1
 
 
 @lru_cache(maxsize=256)

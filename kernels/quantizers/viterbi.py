@@ -22,8 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_BYTES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 29}
-"""Size of one cost array: it should stay in a CPU core's second-level cache, and fill a GPU."""
+_BYTES_IN_FLIGHT = {"cpu": 1 << 22, "cuda": 1 << 29}
+"""Size of one cost array: small enough for a CPU's caches, large enough to fill a GPU."""
 _LEAST_TILES = 16
 """Tiles are the innermost dimension, so a batch must fill a vector register or two."""
 
@@ -61,33 +61,46 @@ class _Search:
         """``(tiles, steps, 2)`` -> codes ``(tiles, steps)`` int32."""
         steps = pairs.shape[1]
         inputs = torch.cat([pairs, torch.ones_like(pairs[..., :1])], dim=-1).permute(1, 2, 0).contiguous()
-        half = steps // 2
-        free = self._best_path(inputs.roll(-half, dims=0), overlap=None)
-        overlap = free[steps - half] & self.overlaps - 1
-        return (self._best_path(inputs, overlap) & self.fan - 1).T.to(torch.int32)
+        turned = inputs.roll(-(steps // 2), dims=0)
+        kept = self._forward(turned, overlap=None)
+        middle = steps - steps // 2
+        overlap = self._trace_back(turned, kept, kept[0].argmin(dim=0), middle + 1)[middle] & self.overlaps - 1
+        path = self._trace_back(inputs, self._forward(inputs, overlap), overlap, steps)
+        return (path & self.fan - 1).T.to(torch.int32)
 
-    def _best_path(self, inputs: Tensor, overlap: Tensor | None) -> Tensor:
-        """Best states, ``(steps, tiles)`` int64; `overlap` ``(tiles,)`` fixes the bits that both ends share.
+    def _forward(self, inputs: Tensor, overlap: Tensor | None) -> Tensor:
+        """M of every step, ``(steps + 1, overlaps, tiles)``; `overlap` ``(tiles,)`` fixes the bits both ends share.
 
         Args:
             inputs: ``(steps, 3, tiles)``, rows x0, x1 and 1.
         """
         steps, _, tiles = inputs.shape
-        kept = inputs.new_zeros(steps + 1, self.overlaps, tiles)
-        if overlap is not None:
+        kept = inputs.new_empty(steps + 1, self.overlaps, tiles)
+        if overlap is None:
+            kept[steps] = 0.0
+        else:
             kept[steps].fill_(torch.inf).scatter_(0, overlap.unsqueeze(0), 0.0)
         cost = inputs.new_empty(self.states, tiles)
+        by_entry, by_exit = cost.view(self.overlaps, self.fan, tiles), cost.view(self.fan, self.overlaps, tiles)
         for t in range(steps - 1, -1, -1):
             torch.mm(self.rows, inputs[t], out=cost)
-            cost.view(self.overlaps, self.fan, tiles).add_(kept[t + 1].unsqueeze(1))
-            torch.amin(cost.view(self.fan, self.overlaps, tiles), dim=0, out=kept[t])
-        path = torch.empty(steps, tiles, dtype=torch.int64, device=inputs.device)
+            by_entry.add_(kept[t + 1].unsqueeze(1))
+            torch.amin(by_exit, dim=0, out=kept[t])
+        return kept
+
+    def _trace_back(self, inputs: Tensor, kept: Tensor, low: Tensor, steps: int) -> Tensor:
+        """The first `steps` states of the best path whose first state ends in the bits `low` ``(tiles,)``.
+
+        Returns:
+            ``(steps, tiles)`` int64.
+        """
+        path = low.new_empty(steps, len(low))
         heads = torch.arange(self.fan, device=inputs.device).unsqueeze(1) * self.overlaps
-        low = kept[0].argmin(dim=0) if overlap is None else overlap
+        by_exit = self.rows.T.reshape(3, self.fan, self.overlaps)
         for t in range(steps):
-            candidates = heads + low
-            distance = (self.rows[candidates] * inputs[t].T).sum(-1)
-            choice = (distance + kept[t + 1].gather(0, candidates >> self.width)).argmin(dim=0, keepdim=True)
-            path[t] = candidates.gather(0, choice).squeeze(0)
+            first, second, norm = by_exit.index_select(2, low)
+            total = torch.addcmul(torch.addcmul(norm, first, inputs[t, 0]), second, inputs[t, 1])
+            total += kept[t + 1].gather(0, heads + low >> self.width)
+            path[t] = total.argmin(dim=0) * self.overlaps + low
             low = path[t] >> self.width
         return path

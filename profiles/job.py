@@ -1,0 +1,284 @@
+"""The profiling job: inventory, sensitivities, quantizer errors, latencies, then one profile directory.
+
+Every finished row goes to a journal in the output directory at once, so the job can be interrupted at any moment and
+goes on from there when it is started again with the same settings. The journal is removed when the profile is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..kernels.specs import QuantizerSpec
+from .errors import ProfileError
+from .files import sha256_file
+from .inventory import ModelInventory, inventory
+from .journal import JOURNAL_FILE, Journal
+from .latency import measure_latency, measure_overhead
+from .models import choose_device, load_model, random_windows, token_windows
+from .quantizer_errors import measure_errors, measured_gaussian_error
+from .schema import MANIFEST_FILE, DevicePart, LatencyPart, LossMethod, LossPart, ModelPart, ProfileManifest
+from .sensitivity import measure_sensitivities
+from .tables import Profile, save_profile
+from .timing import timer_for
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """What a profile depends on besides the model.
+
+    Attributes:
+        specs: the palette.
+        method: data-free KL on random tokens, or KL on a calibration text.
+        text: the calibration text, with that method only.
+        batch_sizes: for latency; empty leaves latency out.
+        tokens: about how many the sensitivities see; a whole number of groups of windows.
+        window: tokens of a window.
+        windows_per_group: windows that share a noise draw.
+        noise: relative size of the perturbation, |dW| / |W|.
+        context: tokens in the cache while the overhead is measured.
+        seed: of tokens, noise and rotations.
+        device: cpu or cuda.
+    """
+
+    specs: tuple[QuantizerSpec, ...]
+    method: LossMethod = LossMethod.DATA_FREE_KL
+    text: Path | None = None
+    batch_sizes: tuple[int, ...] = (1,)
+    tokens: int = 16384
+    window: int = 256
+    windows_per_group: int = 8
+    noise: float = 0.1
+    context: int = 64
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.method not in (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL):
+            raise ProfileError(f"sensitivities are measured by data_free_kl or calibration_kl; got {self.method}.")
+        if (self.text is not None) != (self.method is LossMethod.CALIBRATION_KL):
+            raise ProfileError(
+                "calibration needs a text (--text FILE), and data-free sensitivities take none; "
+                f"got method {self.method} and text {self.text}."
+            )
+        if not self.specs:
+            raise ProfileError("expected at least one quantizer to measure; got none.")
+        if not 0 < self.noise < 1:
+            raise ProfileError(f"expected a relative noise between 0 and 1; got {self.noise}.")
+        for name in ("tokens", "window", "windows_per_group", "context"):
+            if getattr(self, name) < 1:
+                raise ProfileError(f"expected {name} of at least 1; got {getattr(self, name)}.")
+        if self.tokens < self.window:
+            raise ProfileError(f"expected tokens for at least one window of {self.window}; got {self.tokens}.")
+        if len(set(self.batch_sizes)) != len(self.batch_sizes) or any(b < 1 for b in self.batch_sizes):
+            raise ProfileError(f"expected distinct batch sizes of at least 1; got {self.batch_sizes}.")
+
+
+def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: str, restart: bool = False) -> Profile:
+    """Measure a model and write its profile.
+
+    Args:
+        model_dir: a Hugging Face directory with safetensors weights.
+        out: the profile's directory; made if missing.
+        name: what to call the model in the profile.
+        restart: drop what an interrupted or finished job left in `out`.
+
+    Raises:
+        ProfileError: bad model, text or settings; `out` holds a finished profile or another job's rows.
+    """
+    device = choose_device(settings.device)
+    model_info = inventory(model_dir, name=name)
+    digest = model_digest(model_dir)
+    tokens = _tokens(model_dir, settings)
+    journal_path = out / JOURNAL_FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if restart:
+            for stale in (journal_path, out / MANIFEST_FILE):
+                stale.unlink(missing_ok=True)
+    except OSError as cause:
+        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
+    if (out / MANIFEST_FILE).exists():
+        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
+    job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
+    job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
+    with Journal(journal_path, job) as journal:
+        profile = _measure(model_dir, out, settings, model_info, digest, tokens, device, journal)
+    journal_path.unlink()
+    return profile
+
+
+def model_digest(model_dir: Path) -> str:
+    """SHA-256 over the config and the weights of a model directory."""
+    total = hashlib.sha256()
+    for path in sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")]):
+        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _text_digest(settings: ProfileSettings) -> str | None:
+    return None if settings.text is None else sha256_file(settings.text)
+
+
+def _tokens(model_dir: Path, settings: ProfileSettings) -> Tensor:
+    windows = settings.tokens // settings.window
+    if settings.text is not None:
+        return token_windows(model_dir, settings.text, settings.window, windows)
+    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    return random_windows(config.vocab_size, windows, settings.window, settings.seed)
+
+
+def _measure(
+    model_dir: Path,
+    out: Path,
+    settings: ProfileSettings,
+    model_info: ModelInventory,
+    digest: str,
+    tokens: Tensor,
+    device: torch.device,
+    journal: Journal,
+) -> Profile:
+    layers = model_info.layers
+    model = load_model(model_dir, device)
+    sensitivities = measure_sensitivities(
+        model,
+        layers,
+        tokens,
+        noise=settings.noise,
+        seed=settings.seed,
+        windows_per_group=settings.windows_per_group,
+        journal=journal,
+    )
+    overhead = _overhead(model, settings, model_info, device, journal)
+    dtype = next(model.parameters()).dtype
+    del model
+    errors = measure_errors(model_dir, layers, settings.specs, seed=settings.seed, device=device, journal=journal)
+    latencies = measure_latency(
+        layers,
+        settings.specs,
+        batch_sizes=settings.batch_sizes,
+        device=device,
+        dtype=dtype,
+        timer=timer_for(device),
+        journal=journal,
+    )
+    manifest = ProfileManifest(
+        model=ModelPart(
+            name=model_info.name,
+            architecture=model_info.architecture,
+            blocks=model_info.blocks,
+            model_type=model_info.model_type,
+            hidden_size=model_info.hidden_size,
+            total_parameters=model_info.total_parameters,
+            unplanned_bytes=model_info.unplanned_bytes,
+            digest=digest,
+        ),
+        device=_device_part(device, settings),
+        loss=LossPart(
+            method=settings.method,
+            error="measured",
+            tokens=tokens.numel(),
+            noise=settings.noise,
+            seed=settings.seed,
+            sequences=tokens.shape[0],
+            sequence_length=tokens.shape[1],
+            text=None if settings.text is None else settings.text.name,
+        ),
+        latency=LatencyPart(batch_sizes=settings.batch_sizes, overhead_us=overhead) if settings.batch_sizes else None,
+        software={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+    layer_rows = [
+        {
+            "layer": layer.name,
+            "block": layer.block,
+            "role": layer.role,
+            "out_features": layer.out_features,
+            "in_features": layer.in_features,
+            "fusion_group": layer.fusion_group,
+            "sensitivity": sensitivities[layer.name].value,
+            "standard_error": sensitivities[layer.name].standard_error,
+        }
+        for layer in layers
+    ]
+    error_rows = [(*key, error, size) for key, (error, size) in errors.items()]
+    latency_rows = [
+        (*asdict(row.shape).values(), row.spec.label, row.implementation, row.batch_size, row.latency_us, row.spread_us)
+        for row in latencies
+    ]
+    latency_columns = (
+        "pattern", "out_features", "in_features", "quantizer", "implementation", "batch_size", "latency_us", "spread",
+    )  # fmt: skip
+    return save_profile(
+        out,
+        manifest,
+        pd.DataFrame(layer_rows),
+        _quantizer_table(settings.specs, settings.seed),
+        errors=pd.DataFrame(error_rows, columns=["layer", "quantizer", "error", "size_bytes"]),
+        latency=pd.DataFrame(latency_rows, columns=list(latency_columns)) if latency_rows else None,
+    )
+
+
+def _overhead(
+    model: nn.Module, settings: ProfileSettings, model_info: ModelInventory, device: torch.device, journal: Journal
+) -> dict[int, float]:
+    return measure_overhead(
+        model,
+        model_info.layers,
+        batch_sizes=settings.batch_sizes,
+        context=settings.context,
+        timer=timer_for(device),
+        journal=journal,
+    )
+
+
+def _quantizer_table(specs: Sequence[QuantizerSpec], seed: int) -> pd.DataFrame:
+    rows = [
+        {
+            "quantizer": spec.label,
+            "family": str(spec.family),
+            "bits_per_weight": spec.bits,
+            "table_bytes": spec.table_bytes,
+            "gaussian_error": measured_gaussian_error(spec, seed),
+            "state_bits": spec.state_bits,
+        }
+        for spec in specs
+    ]
+    return pd.DataFrame(rows)
+
+
+def _device_part(device: torch.device, settings: ProfileSettings) -> DevicePart:
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        details: dict[str, Any] = {
+            "compute_capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "context": settings.context,
+        }
+        return DevicePart(name=properties.name, kind="cuda", details=details)
+    details = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "context": settings.context}
+    return DevicePart(name=_processor_name(), kind="cpu", details=details)
+
+
+def _processor_name() -> str:
+    """The processor as Linux names it, else what the platform module knows."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,116 @@
+"""Loading a model, its tokenizer and token windows, with every failure as one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ProfileError
+
+MAX_TEXT_BYTES = 64 << 20
+"""A text file for calibration or evaluation may not be larger; it would be read whole."""
+
+
+def choose_device(name: str) -> torch.device:
+    """A torch device by name, checked to be there.
+
+    Raises:
+        ProfileError: unknown name, or no such device on this machine.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as cause:
+        raise ProfileError(f"expected a device such as cpu or cuda; got '{name}'.") from cause
+    if device.type not in ("cpu", "cuda"):
+        raise ProfileError(f"msq runs on cpu and cuda; got '{name}'.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ProfileError("this machine has no usable CUDA device; use --device cpu, or see `msq doctor`.")
+    return device
+
+
+def load_model(directory: Path, device: torch.device) -> nn.Module:
+    """The stock Hugging Face model, in evaluation mode; float32 on a CPU, its own dtype on a GPU.
+
+    Raises:
+        ProfileError: transformers can't load it, or a weight is NaN or infinite.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    dtype = torch.float32 if device.type == "cpu" else "auto"
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    except Exception as cause:  # transformers raises any type for a damaged model; type and text are told
+        detail = " ".join(str(cause).split())[:200]
+        raise ProfileError(f"transformers can't load {directory} ({type(cause).__name__}: {detail}).") from cause
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ProfileError(f"'{name}' of {directory} has NaN or infinite weights; the model is corrupt.")
+    return model.to(device).eval()
+
+
+def token_windows(directory: Path, text_file: Path, length: int, limit: int | None = None) -> Tensor:
+    """A text file as windows of tokens, in order, without overlap.
+
+    Args:
+        directory: the model's directory, for its tokenizer.
+        length: tokens of a window.
+        limit: at most so many windows.
+
+    Returns:
+        ``(windows, length)`` int64.
+
+    Raises:
+        ProfileError: no such text, not UTF-8, too large, shorter than one window; or a missing or broken tokenizer.
+    """
+    try:
+        size = text_file.stat().st_size
+        if size > MAX_TEXT_BYTES:
+            raise ProfileError(
+                f"{text_file} has {size} bytes; expected at most {MAX_TEXT_BYTES}: cut a sample from it."
+            )
+        text = text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as cause:
+        raise ProfileError(f"{text_file} is not UTF-8 text ({cause.reason} at byte {cause.start}).") from cause
+    except OSError as cause:
+        raise ProfileError(f"can't read the text {text_file}: {cause.strerror or cause}.") from cause
+    return windows_of(load_tokenizer(directory)(text)["input_ids"], length, limit, str(text_file))
+
+
+def windows_of(tokens: list[int], length: int, limit: int | None, what: str) -> Tensor:
+    """Cut a list of tokens into windows, as `token_windows` does."""
+    if len(tokens) < length:
+        raise ProfileError(f"{what} has {len(tokens)} tokens; expected at least one window of {length}.")
+    count = len(tokens) // length
+    return torch.tensor(tokens[: count * length]).view(count, length)[:limit]
+
+
+def load_tokenizer(directory: Path):  # type: ignore[no-untyped-def]  # transformers has no common type for it
+    """The tokenizer of a model directory.
+
+    Raises:
+        ProfileError: it is missing or broken.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ProfileError(f"{directory} has no tokenizer; expected tokenizer.json beside config.json.")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a text is longer than the model's context on purpose: it is cut into windows
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as cause:  # as in load_model
+        detail = " ".join(str(cause).split())[:200]
+        raise ProfileError(f"can't load the tokenizer of {directory} ({type(cause).__name__}: {detail}).") from cause
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def random_windows(vocabulary: int, windows: int, length: int, seed: int) -> Tensor:
+    """Uniform random tokens, ``(windows, length)`` int64: the data-free input of Q-Palette (arXiv 2509.20214)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (windows, length), generator=generator)

@@ -45,14 +45,16 @@ def to_pairs(weight: Tensor) -> Tensor:
     padded = F.pad(weight, (0, -columns % TILE, 0, -rows % TILE))
     tiles = padded.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).transpose(1, 2).flatten(2)
     order = _pair_positions()[0].to(weight.device)
-    return tiles[..., order].unflatten(2, (PAIRS_PER_TILE, 2))
+    pairs: Tensor = tiles[..., order].unflatten(2, (PAIRS_PER_TILE, 2))
+    return pairs
 
 
 def from_pairs(pairs: Tensor, out_features: int, in_features: int) -> Tensor:
     """Inverse of `to_pairs`: ``(row_tiles, column_tiles, 128, 2)`` -> ``(out_features, in_features)``."""
     inverse = _pair_positions()[1].to(pairs.device)
     tiles = pairs.flatten(2)[..., inverse].unflatten(2, (TILE, TILE))
-    return tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:out_features, :in_features]
+    weight: Tensor = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:out_features, :in_features]
+    return weight
 
 
 def pack(codes: Tensor, width: int) -> Tensor:
@@ -69,7 +71,8 @@ def pack(codes: Tensor, width: int) -> Tensor:
     bits = (codes.to(torch.int32).unsqueeze(-1) >> shifts & 1).to(torch.uint8)
     octets = bits.flatten(-2).unflatten(-1, (-1, 8))
     weights = (1 << torch.arange(8, device=codes.device, dtype=torch.int32)).to(torch.uint8)
-    return (octets * weights).sum(-1, dtype=torch.uint8)
+    packed: Tensor = (octets * weights).sum(-1, dtype=torch.uint8)
+    return packed
 
 
 def unpack(packed: Tensor, width: int) -> Tensor:
@@ -77,7 +80,8 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     shifts = torch.arange(8, device=packed.device, dtype=torch.uint8)
     bits = (packed.unsqueeze(-1) >> shifts & 1).flatten(-2).unflatten(-1, (PAIRS_PER_TILE, width))
     places = torch.arange(width, device=packed.device, dtype=torch.int32)
-    return (bits.to(torch.int32) << places).sum(-1, dtype=torch.int32)
+    codes: Tensor = (bits.to(torch.int32) << places).sum(-1, dtype=torch.int32)
+    return codes
 
 
 def sliding_states(codes: Tensor, width: int, state_bits: int) -> Tensor:

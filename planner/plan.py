@@ -29,18 +29,26 @@ class _Part(BaseModel):
 
 
 class PlanModel(_Part):
-    """The model that the plan is for."""
+    """The model that the plan is for; `digest` is that of the measured weights, null where the profile has none."""
 
     name: Name
     architecture: Name
     blocks: int = Field(ge=1)
+    digest: Digest | None = None
 
 
 class PlanProfile(_Part):
-    """The profile that the promises come from: its digest and the device that it was measured on."""
+    """The profile that the promises come from.
+
+    Attributes:
+        digest: of the profile's files.
+        device: that it was measured on.
+        seed: of the rotations that its errors were measured with.
+    """
 
     digest: Digest
     device: Name
+    seed: int = 0
 
 
 class PlanBudget(_Part):

@@ -96,9 +96,12 @@ def plan_of(built: BuiltProblem, solution: Solution) -> Plan:
     return Plan(
         msq_version=__version__,
         model=PlanModel(
-            name=manifest.model.name, architecture=manifest.model.architecture, blocks=manifest.model.blocks
+            name=manifest.model.name,
+            architecture=manifest.model.architecture,
+            blocks=manifest.model.blocks,
+            digest=manifest.model.digest,
         ),
-        profile=PlanProfile(digest=profile.digest, device=manifest.device.name),
+        profile=PlanProfile(digest=profile.digest, device=manifest.device.name, seed=manifest.loss.seed or 0),
         budgets=tuple(
             PlanBudget(text=b.text, resource=b.resource, cap=float(cap), batch_size=b.batch_size)
             for b, cap in zip(built.budgets, built.problem.caps, strict=True)

@@ -8,7 +8,7 @@ Qwen2 and Qwen3 models of transformers, whose decoder is a list of blocks, a nor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,9 @@ class BlockwiseModel:
     """A causal language model cut at its decoder blocks."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-        self.decoder: Any = model.model
-        self.blocks: Any = self.decoder.layers
+        self.model = cast(Any, model)
+        self.decoder = self.model.model
+        self.blocks = self.decoder.layers
 
     @torch.inference_mode()
     def record(self, tokens: Tensor) -> Recording:

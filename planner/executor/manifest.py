@@ -1,0 +1,154 @@
+"""What a checkpoint directory holds, and its own description of it.
+
+A checkpoint is a Hugging Face directory: ``config.json`` with a ``quantization_config`` of method ``msq``, the packed
+tensors of every planned layer beside the untouched rest in safetensors, the tokenizer, the plan, and ``msq.yaml`` with
+a SHA-256 of every file. Tensors of a layer are named ``<layer>.packed`` (or ``packed_low`` and ``packed_high``),
+``<layer>.scales`` and ``<layer>.codebook``, per original projection, so that a checkpoint can be fused in another way
+when it is loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...kernels.errors import QuantizerError
+from ...kernels.specs import QuantizerSpec
+from ...profiles.errors import ProfileError
+from ...profiles.files import dump_yaml, read_yaml, sha256_file, validation_sentence, write_atomic
+from ...profiles.schema import Digest, Name, check_schema_version
+from ..plan import PlanQuantizer
+from .errors import CheckpointError
+
+MANIFEST_FILE = "msq.yaml"
+PLAN_FILE = "plan.yaml"
+METHOD = "msq"
+SCHEMA_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class QuantizedLayer(_Part):
+    """One planned layer of a checkpoint.
+
+    Attributes:
+        quantizer: a key of `QuantizationConfig.quantizers`.
+        out_features, in_features: shape of the weight.
+        rotation_seed: seed of its input rotation, null where the input is not rotated.
+        pattern: layers that the plan runs as one kernel, this one among them.
+    """
+
+    quantizer: Name
+    out_features: Annotated[int, Field(ge=1)]
+    in_features: Annotated[int, Field(ge=1)]
+    rotation_seed: Annotated[int, Field(ge=0, lt=2**63)] | None
+    pattern: tuple[Name, ...] = Field(min_length=1)
+
+
+class QuantizationConfig(_Part):
+    """``quantization_config`` in config.json."""
+
+    quant_method: Literal["msq"] = "msq"
+    schema_version: Literal[1] = 1
+    quantizers: dict[Name, PlanQuantizer]
+    layers: dict[Name, QuantizedLayer]
+
+    def spec(self, layer: str) -> QuantizerSpec:
+        """The quantizer of a layer."""
+        return self.quantizers[self.layers[layer].quantizer].spec()
+
+    def patterns(self) -> list[tuple[str, ...]]:
+        """Every pattern once, in layer order."""
+        return list(dict.fromkeys(layer.pattern for layer in self.layers.values()))
+
+
+class CheckpointManifest(_Part):
+    """``msq.yaml``.
+
+    Attributes:
+        memory_bytes: packed bytes of the planned layers, as promised and as stored.
+        files: SHA-256 of every other file of the checkpoint.
+    """
+
+    schema_version: Literal[1] = 1
+    msq_version: Name
+    model: Name
+    memory_bytes: Annotated[int, Field(ge=1)]
+    files: dict[Name, Digest] = Field(min_length=1)
+
+
+def parse_quantization_config(value: object, where: str) -> QuantizationConfig:
+    """``quantization_config`` of a config, checked.
+
+    Raises:
+        CheckpointError: not by msq, a newer schema, an unknown field, or a layer that refers to nothing.
+    """
+    if not isinstance(value, dict) or value.get("quant_method") != METHOD:
+        method = value.get("quant_method") if isinstance(value, dict) else value
+        raise CheckpointError(f"{where}: expected a checkpoint that `msq apply` wrote; its quant_method is {method!r}.")
+    check_schema_version(value, where, SCHEMA_VERSION, CheckpointError)
+    try:
+        config = QuantizationConfig.model_validate(value)
+    except (ValidationError, QuantizerError) as cause:
+        sentence = validation_sentence(cause, where) if isinstance(cause, ValidationError) else f"{where}: {cause}"
+        raise CheckpointError(sentence) from cause
+    for name, layer in config.layers.items():
+        if layer.quantizer not in config.quantizers:
+            raise CheckpointError(
+                f"{where}: {name} has the unknown quantizer '{layer.quantizer}'; apply the plan again."
+            )
+        for member in layer.pattern:
+            if member not in config.layers or config.layers[member].pattern != layer.pattern:
+                raise CheckpointError(
+                    f"{where}: the pattern of {name} and that of {member} disagree; apply the plan again."
+                )
+    return config
+
+
+def write_manifest(directory: Path, manifest_fields: dict[str, Any]) -> CheckpointManifest:
+    """Digest every file of a finished checkpoint and write ``msq.yaml``, last."""
+    files = {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE}
+    manifest = CheckpointManifest(**manifest_fields, files=files)
+    write_atomic(directory / MANIFEST_FILE, dump_yaml(manifest), CheckpointError)
+    return manifest
+
+
+def read_manifest(directory: Path) -> CheckpointManifest:
+    """Read ``msq.yaml`` and check the digest of every file it lists.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a file is missing, changed or cut short.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"expected a checkpoint directory at {directory}; there is none: make one with `msq apply`."
+        )
+    where = str(directory / MANIFEST_FILE)
+    value = read_yaml(directory / MANIFEST_FILE, "checkpoint manifest", CheckpointError)
+    check_schema_version(value, where, SCHEMA_VERSION, CheckpointError)
+    try:
+        manifest = CheckpointManifest.model_validate(value)
+    except ValidationError as cause:
+        raise CheckpointError(validation_sentence(cause, where)) from cause
+    for name, digest in manifest.files.items():
+        if Path(name).name != name or not (directory / name).is_file():
+            raise CheckpointError(f"{directory} lacks {name}, which its {MANIFEST_FILE} lists; apply the plan again.")
+        try:
+            found = sha256_file(directory / name)
+        except ProfileError as cause:
+            raise CheckpointError(str(cause)) from cause
+        if found != digest:
+            raise CheckpointError(
+                f"{directory / name} has digest {found[:12]}…, {MANIFEST_FILE} says {digest[:12]}…; "
+                "the file was changed or cut short: apply the plan again."
+            )
+    return manifest
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a directory says that it is an msq checkpoint."""
+    return (directory / MANIFEST_FILE).is_file()

@@ -1,0 +1,33 @@
+"""The README.md of a checkpoint: what it is and how to run it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..plan import Plan
+
+
+def model_card(plan: Plan) -> str:
+    """Markdown for people who find the checkpoint without knowing msq."""
+    counts = Counter(entry.quantizer for entry in plan.layers)
+    rows = "\n".join(f"| {label} | {count} |" for label, count in sorted(counts.items()))
+    budgets = ", ".join(f"`{budget.text}`" for budget in plan.budgets)
+    return f"""---
+base_model: {plan.model.name}
+library_name: msq
+tags: [msq, quantized]
+---
+# {plan.model.name}, mixed-scheme quantized
+
+Made by [msq](https://pypi.org/project/msq/) {plan.msq_version} for the budget {budgets}: the planned layers take
+{plan.promised.memory_bytes} bytes, {plan.promised.bits_per_weight:.3f} bits per weight. `plan.yaml` has every layer's
+quantizer and what was promised; `msq.yaml` has a digest of each file.
+
+Stock transformers can't load this directory. Install msq, then run
+
+    msq generate DIRECTORY --prompt "..."
+
+| quantizer | layers |
+| --- | --- |
+{rows}
+"""

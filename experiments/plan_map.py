@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.table import Table
 from rich.text import Text
 
+from ..kernels.specs import Family
 from ..planner.plan import Plan, PlannedLayer
 
 _COLOURS = ("#3b4cc0", "#6788ee", "#9abbff", "#c9d7f0", "#edd1c2", "#f7a889", "#e26952", "#b40426")
@@ -12,17 +13,28 @@ _COLOURS = ("#3b4cc0", "#6788ee", "#9abbff", "#c9d7f0", "#edd1c2", "#f7a889", "#
 _FEWEST, _MOST = 1.5, 5.5
 
 
+_SHORT = {Family.HALF_TCQ: "half"}
+"""Families whose name is too long for a cell of the map."""
+
+
 def plan_map(plan: Plan) -> Table:
-    """The map; layers that run as one kernel are joined by ``+`` before the later ones."""
+    """The map, 76 columns wide for the seven layers of a dense block."""
     by_block: dict[str, dict[str, PlannedLayer]] = {}
     for entry in plan.layers:
         block, role = _place(entry.layer)
         by_block.setdefault(block, {})[role] = entry
     roles = list(dict.fromkeys(role for layers in by_block.values() for role in layers))
-    table = Table(title=f"{plan.model.name}: quantizer of every layer", title_justify="left", pad_edge=False)
+    table = Table(
+        title=f"{plan.model.name}: family and bits of every layer",
+        caption="+ runs as one kernel with a layer to its left; half is half-tcq",
+        title_justify="left",
+        caption_justify="left",
+        box=None,
+        padding=0,
+    )
     table.add_column("block", justify="right")
     for role in roles:
-        table.add_column(role.removesuffix("_proj"))
+        table.add_column(" " + role.removesuffix("_proj"), min_width=10, no_wrap=True)
     for block, layers in by_block.items():
         table.add_row(block, *(_cell(plan, layers.get(role)) for role in roles))
     return table
@@ -38,8 +50,8 @@ def _place(layer: str) -> tuple[str, str]:
 def _cell(plan: Plan, entry: PlannedLayer | None) -> Text:
     if entry is None:
         return Text("")
-    bits = plan.quantizers[entry.quantizer].bits
-    share = min(max((bits - _FEWEST) / (_MOST - _FEWEST), 0.0), 1.0)
+    quantizer = plan.quantizers[entry.quantizer]
+    share = min(max((quantizer.bits - _FEWEST) / (_MOST - _FEWEST), 0.0), 1.0)
     colour = _COLOURS[round(share * (len(_COLOURS) - 1))]
-    joined = "+ " if entry.layer != entry.pattern[0] else "  "
-    return Text(joined + entry.quantizer, style=colour)
+    joined = "+" if entry.layer != entry.pattern[0] else " "
+    return Text(f"{joined}{_SHORT.get(quantizer.family, quantizer.family)} {quantizer.bits:g}", style=colour)

@@ -54,7 +54,8 @@ def lloyd_max(levels: int) -> Tensor:
         points = updated
         if moved < 1e-9:
             break
-    return points.half().unsqueeze(1)
+    table: Tensor = points.half().unsqueeze(1)
+    return table
 
 
 def k_means(samples: Tensor, points: Tensor, iterations: int) -> Tensor:

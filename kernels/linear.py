@@ -85,8 +85,8 @@ class FusedLinear(nn.Module):
     """Several layers of one input as one product; `slices` are the modules to put where the layers were.
 
     The slice that is called first with an input runs the product for all; the others hand out their rows of it. A slice
-    called with any other input (another object, or one changed in place since) runs the product anew, so the order of
-    calls never matters for the result.
+    called with any other input (another object, or one changed in place since, which inference mode hides) runs the
+    product anew, so the order of calls never matters for the result.
     """
 
     def __init__(self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> None:
@@ -99,7 +99,7 @@ class FusedLinear(nn.Module):
             )
         self.linear = QuantizedLinear(stack(weights), bias)
         self._rows = rows
-        self._input: tuple[Tensor, int] | None = None
+        self._input: tuple[Tensor, int | None] | None = None
         self._waiting: dict[int, Tensor] = {}
 
     def slices(self) -> list[FusedSlice]:
@@ -108,9 +108,10 @@ class FusedLinear(nn.Module):
 
     def rows_of(self, index: int, x: Tensor) -> Tensor:
         """The output of layer `index` for `x`, ``(..., rows[index])``."""
-        known = self._input is not None and self._input[0] is x and self._input[1] == x._version
+        version = None if x.is_inference() else x._version  # inference tensors don't count their changes
+        known = self._input is not None and self._input[0] is x and self._input[1] == version
         if not known or index not in self._waiting:
-            self._input = (x, x._version)
+            self._input = (x, version)
             self._waiting = dict(enumerate(self.linear(x).split(self._rows, dim=-1)))
         result = self._waiting.pop(index)
         if not self._waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,37 +78,33 @@ def token_windows(directory: Path, text_file: Path, length: int, limit: int | No
         raise ProfileError(f"{text_file} is not UTF-8 text ({cause.reason} at byte {cause.start}).") from cause
     except OSError as cause:
         raise ProfileError(f"can't read the text {text_file}: {cause.strerror or cause}.") from cause
-    return windows_of(load_tokenizer(directory)(text)["input_ids"], length, limit, str(text_file))
+    return windows_of(load_tokenizer(directory), text, length, limit, str(text_file))
 
 
-def windows_of(tokens: list[int], length: int, limit: int | None, what: str) -> Tensor:
-    """Cut a list of tokens into windows, as `token_windows` does."""
+def windows_of(tokenizer: Any, text: str, length: int, limit: int | None, what: str) -> Tensor:
+    """Cut a text into windows of tokens, as `token_windows` does; `what` names it in messages."""
+    tokens = tokenizer(text, verbose=False)["input_ids"]  # not verbose: the text is longer than the context on purpose
     if len(tokens) < length:
         raise ProfileError(f"{what} has {len(tokens)} tokens; expected at least one window of {length}.")
     count = len(tokens) // length
     return torch.tensor(tokens[: count * length]).view(count, length)[:limit]
 
 
-def load_tokenizer(directory: Path):  # type: ignore[no-untyped-def]  # transformers has no common type for it
+def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a model directory.
 
     Raises:
         ProfileError: it is missing or broken.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ProfileError(f"{directory} has no tokenizer; expected tokenizer.json beside config.json.")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a text is longer than the model's context on purpose: it is cut into windows
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as cause:  # as in load_model
         detail = " ".join(str(cause).split())[:200]
         raise ProfileError(f"can't load the tokenizer of {directory} ({type(cause).__name__}: {detail}).") from cause
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def random_windows(vocabulary: int, windows: int, length: int, seed: int) -> Tensor:

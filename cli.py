@@ -1,0 +1,384 @@
+"""The command line: `msq profile | plan | frontier | compare | apply | evaluate | generate | doctor | demo`.
+
+Each command only reads its arguments, calls one function of the package, and prints. Heavy imports are inside the
+commands, so that `msq plan` starts without torch. Exit codes: 0 success, 2 bad usage or input, 3 a budget that can't be
+met. With `--json`, stdout holds one JSON object and nothing else; progress and messages go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .planner.plan import Plan
+    from .profiles.tables import Profile
+
+BAD_INPUT, INFEASIBLE = 2, 3
+
+app = typer.Typer(
+    name="msq",
+    help="Plan, build and run mixed-scheme quantized language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ProfileDir = Annotated[Path, typer.Option("--profile", help="Directory of a profile.")]
+Budgets = Annotated[
+    list[str],
+    typer.Option("--budget", help='"memory=3.25bpw", "memory=4.2GiB", "latency=5ms", "latency=200tps@8"; repeatable.'),
+]
+Quantizers = Annotated[str | None, typer.Option(help='Comma-separated globs on labels, e.g. "tcq-*,nuq-4".')]
+Implementations = Annotated[
+    str | None, typer.Option(help="Comma-separated kernels to consider; default: all measured.")
+]
+Fusion = Annotated[bool, typer.Option("--fusion/--no-fusion", help="Whether layers may run as one kernel.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds for a solver.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Window = Annotated[int, typer.Option(help="Tokens of a window.")]
+
+
+def main() -> None:
+    """Entry point of the `msq` command: known errors become one sentence and an exit code."""
+    from .kernels.errors import QuantizerError
+    from .planner.errors import InfeasibleBudgetError, PlanError
+    from .planner.executor.errors import CheckpointError
+    from .profiles.errors import ProfileError
+    from .solvers.errors import SolverError
+
+    try:
+        app()
+    except InfeasibleBudgetError as cause:
+        _fail(cause, INFEASIBLE)
+    except (QuantizerError, SolverError, ProfileError, PlanError, CheckpointError) as cause:
+        _fail(cause, BAD_INPUT)
+
+
+def _fail(cause: Exception, code: int) -> None:
+    print(f"msq: {cause}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _note(text: str) -> None:
+    """A message for people, off stdout."""
+    print(text, file=sys.stderr)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """A comma-separated option; None stays None."""
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _load(profile: Path) -> Profile:
+    from .profiles.tables import load_profile
+
+    return load_profile(profile)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="Model directory, embedded model (ref-tiny-3m) or hub name.")],
+    out: Annotated[Path, typer.Option(help="Directory of the profile; an interrupted job goes on from it.")],
+    device: Device = "cpu",
+    quantizers: Quantizers = None,
+    state_bits: Annotated[
+        int, typer.Option(help="Trellis state length L of tcq and half_tcq; 12 encodes faster.")
+    ] = 16,
+    batch_sizes: Annotated[
+        str, typer.Option(help='Batch sizes for latency, e.g. "1,8"; "none" leaves latency out.')
+    ] = "1",
+    loss: Annotated[str, typer.Option(help="data-free or calibration.")] = "data-free",
+    text: Annotated[Path | None, typer.Option(help="Calibration text, UTF-8.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens that the sensitivities see.")] = 16384,
+    window: Window = 256,
+    noise: Annotated[float, typer.Option(help="Relative size of the perturbation of a weight.")] = 0.1,
+    seed: Seed = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what is in --out and begin anew.")] = False,
+    json_output: Json = False,
+) -> None:
+    """Measure what every quantizer costs every layer: loss, bytes, microseconds."""
+    from .profiles.job import ProfileSettings, run_profile
+    from .profiles.model_source import resolve_model
+    from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
+
+    settings = ProfileSettings(
+        specs=parse_palette(quantizers, state_bits),
+        method=parse_loss_method(loss),
+        text=text,
+        batch_sizes=parse_batch_sizes(batch_sizes),
+        tokens=tokens,
+        window=window,
+        noise=noise,
+        seed=seed,
+        device=device,
+    )
+    try:
+        done = run_profile(resolve_model(model), out, settings, name=model, restart=restart)
+    except KeyboardInterrupt:
+        _note(f"\nmsq: interrupted; finished rows are in {out}, the same command goes on from them.")
+        sys.exit(130)
+    facts = {"profile": str(out), "digest": done.digest, "layers": len(done.layers), "quantizers": len(done.quantizers)}
+    if json_output:
+        _print_json(facts)
+    else:
+        print(f"profile of {facts['layers']} layers x {facts['quantizers']} quantizers in {out}")
+
+
+@app.command()
+def plan(
+    profile: ProfileDir,
+    budget: Budgets,
+    quantizers: Quantizers = None,
+    implementations: Implementations = None,
+    fusion: Fusion = True,
+    solver: Annotated[str, typer.Option(help="Backend; `msq doctor` lists them.")] = "lagrangian",
+    time_limit: TimeLimit = 60.0,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here (YAML).")] = None,
+    json_output: Json = False,
+) -> None:
+    """Find the assignment of least loss within memory and latency budgets."""
+    from .planner.budget import parse_budgets
+    from .planner.plan import save_plan
+    from .planner.solve import make_plan, plan_json
+
+    found = make_plan(
+        _load(profile),
+        parse_budgets(budget),
+        quantizers=quantizers,
+        implementations=_names(implementations),
+        fusion=fusion,
+        solver=solver,
+        time_limit=time_limit,
+        seed=seed,
+    )
+    if out is not None:
+        save_plan(found, out)
+    if json_output:
+        _print_json(plan_json(found))
+    else:
+        _print_plan(found)
+
+
+def _print_plan(found: Plan) -> None:
+    from .experiments.plan_map import plan_map
+
+    console = Console()
+    console.print(plan_map(found))
+    promised, report = found.promised, found.solver
+    bound = "no bound" if report.gap is None else f"at most {100 * report.gap:.3g}% above the best possible"
+    print(f"loss {promised.loss:.6g} ({report.status}, {bound}; {report.name}, {report.seconds:.2f} s)")
+    print(f"memory {promised.memory_bytes} bytes, {promised.bits_per_weight:.4f} bits per weight")
+    for batch, latency in promised.latency_us.items():
+        shown = "not profiled" if latency is None else f"{latency:.1f} us a step, {batch * 1e6 / latency:.1f} tokens/s"
+        print(f"latency at batch {batch}: {shown} on {found.profile.device}")
+
+
+@app.command()
+def frontier(
+    profile: ProfileDir,
+    resource: Annotated[str, typer.Option(help="memory or latency.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    batch_size: Annotated[int, typer.Option(help="Batch size, for latency.")] = 1,
+    quantizers: Quantizers = None,
+    implementations: Implementations = None,
+    fusion: Fusion = True,
+    json_output: Json = False,
+) -> None:
+    """Every break point of least loss against memory or latency."""
+    from .planner.errors import PlanError
+    from .planner.frontier import frontier_table
+    from .profiles.files import write_atomic
+
+    table = frontier_table(
+        _load(profile),
+        resource,
+        batch_size=batch_size,
+        quantizers=quantizers,
+        implementations=_names(implementations),
+        fusion=fusion,
+    )
+    write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)
+    if json_output:
+        _print_json({"frontier": str(out), "points": len(table)})
+    else:
+        print(f"{len(table)} break points in {out}")
+
+
+@app.command()
+def compare(
+    profile: ProfileDir,
+    budget: Budgets,
+    solvers: Annotated[str | None, typer.Option(help="Comma-separated backends; default: all.")] = None,
+    quantizers: Quantizers = None,
+    implementations: Implementations = None,
+    fusion: Fusion = True,
+    time_limit: TimeLimit = 60.0,
+    seed: Seed = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the comparison here (CSV).")] = None,
+    json_output: Json = False,
+) -> None:
+    """Solver strategies side by side on the same budgets."""
+    import pandas as pd
+
+    from .experiments.compare import compare_solvers
+    from .planner.budget import parse_budgets
+    from .planner.errors import PlanError
+    from .profiles.files import write_atomic
+
+    rows = compare_solvers(
+        _load(profile),
+        parse_budgets(budget),
+        solvers=_names(solvers),
+        quantizers=quantizers,
+        implementations=_names(implementations),
+        fusion=fusion,
+        time_limit=time_limit,
+        seed=seed,
+    )
+    if out is not None:
+        table = pd.DataFrame([asdict(row) for row in rows])
+        write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)
+    if json_output:
+        _print_json({"budgets": budget, "solvers": [asdict(row) for row in rows]})
+        return
+    shown = Table("solver", "status", "loss", "lower bound", "gap", "caps kept", "seconds", box=None)
+    for row in rows:
+        numbers = (f"{x:.6g}" if x is not None else "-" for x in (row.objective, row.lower_bound))
+        gap = "-" if row.gap is None else f"{row.gap:.1e}"
+        kept = {None: "-", True: "yes", False: "no"}[row.within_caps]
+        seconds = "-" if row.seconds is None else f"{row.seconds:.3f}"
+        shown.add_row(row.solver, row.status + (f": {row.remark}" if row.remark else ""), *numbers, gap, kept, seconds)
+    Console().print(shown)
+
+
+@app.command()
+def apply(
+    model: Annotated[str, typer.Argument(help="The model that was profiled.")],
+    plan: Annotated[Path, typer.Option("--plan", help="plan.yaml of `msq plan`.")],
+    out: Annotated[Path, typer.Option(help="Directory of the checkpoint; must not exist.")],
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Quantize a model as planned and save the checkpoint."""
+    from .planner.executor.apply import apply_plan
+    from .planner.plan import load_plan
+    from .profiles.model_source import resolve_model
+
+    promised = load_plan(plan)
+    applied = apply_plan(resolve_model(model), promised, out, device=device)
+    facts = {
+        "checkpoint": str(out),
+        "memory_bytes": applied.memory_bytes,
+        "promised_bytes": promised.promised.memory_bytes,
+        "layers": len(applied.errors),
+    }
+    if json_output:
+        _print_json(facts)
+    else:
+        print(f"{facts['layers']} layers in {applied.memory_bytes} bytes, as promised; checkpoint in {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model or checkpoint.")],
+    text: Annotated[Path, typer.Option(help="Text to measure on, UTF-8.")],
+    reference: Annotated[str | None, typer.Option(help="Model to measure the KL divergence to.")] = None,
+    window: Window = 512,
+    windows: Annotated[int | None, typer.Option(min=1, help="Read at most so many windows; default: all.")] = None,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Perplexity on a text, and KL divergence to a reference model."""
+    from .experiments.evaluate import evaluate as run
+    from .experiments.evaluate import load_any
+    from .profiles.model_source import resolve_model
+    from .profiles.models import token_windows
+
+    directory = resolve_model(model)
+    tokens = token_windows(directory, text, window, windows)
+    against = None if reference is None else load_any(resolve_model(reference), device)
+    result = run(load_any(directory, device), tokens, reference=against)
+    if json_output:
+        _print_json(asdict(result))
+        return
+    print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {window}")
+    if result.kl is not None:
+        print(f"KL to {reference}: {result.kl:.6f} nats per token")
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint or model.")],
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    device: Device = "cpu",
+    json_output: Json = False,
+) -> None:
+    """Go on from a prompt, greedily."""
+    from .experiments.evaluate import load_any
+    from .planner.executor.generate import generate_text
+    from .profiles.model_source import resolve_model
+    from .profiles.models import load_tokenizer
+
+    directory = resolve_model(checkpoint)
+    text = generate_text(load_any(directory, device), load_tokenizer(directory), prompt, max_tokens)
+    if json_output:
+        _print_json({"prompt": prompt, "text": text})
+    else:
+        print(prompt + text)
+
+
+@app.command()
+def doctor(json_output: Json = False) -> None:
+    """What works on this machine, and why something doesn't."""
+    from .experiments.doctor import examine
+
+    findings = examine()
+    if json_output:
+        _print_json({"msq": __version__, "findings": [asdict(finding) for finding in findings]})
+        return
+    table = Table("", "what", "detail", title=f"msq {__version__}", title_justify="left")
+    for finding in findings:
+        table.add_row("ok" if finding.works else "no", finding.name, finding.detail)
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option(help="Directory for profile, plans and checkpoints; must be new or a demo's.")
+    ] = Path("demo"),
+) -> None:
+    """The main job on the embedded model: profile, plan, apply, evaluate."""
+    from .experiments.demo import run_demo
+
+    run_demo(out)
+
+
+if __name__ == "__main__":
+    main()

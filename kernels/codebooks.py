@@ -32,7 +32,7 @@ def _tables() -> dict[str, Tensor]:
 
 
 def codebook(spec: QuantizerSpec) -> Tensor:
-    """The fp16 table of a quantizer, ``spec.codebook_shape``; empty for `int`.
+    """The fp16 table of a quantizer, ``spec.codebook_shape``; empty for `int`. The caller's own copy.
 
     Raises:
         QuantizerError: the data file lacks it or holds another shape.
@@ -45,7 +45,7 @@ def codebook(spec: QuantizerSpec) -> Tensor:
         raise QuantizerError(
             f"{spec.label} needs a codebook of shape {spec.codebook_shape}, found {found} in {_DATA}; reinstall msq."
         )
-    return table
+    return table.clone()
 
 
 @cache

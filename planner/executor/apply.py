@@ -183,7 +183,7 @@ def write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_b
         tensor_bytes = tensor.numel() * tensor.element_size()
         if pending and size + tensor_bytes > shard_bytes:
             flush()
-        pending[name] = tensor.clone(memory_format=torch.contiguous_format)  # codebooks share memory; files may not
+        pending[name] = tensor.contiguous()
         size += tensor_bytes
         total += tensor_bytes
     flush()

@@ -1,0 +1,183 @@
+"""The profiling job on tiny models: what it writes, that it resumes, that it measures what it says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from msq.kernels.quantize import normalized_error, quantize
+from msq.kernels.rotation import input_seed
+from msq.kernels.specs import Family, QuantizerSpec
+from msq.profiles import job as job_module
+from msq.profiles.blockwise import BlockwiseModel, token_kl
+from msq.profiles.errors import ProfileError
+from msq.profiles.inventory import inventory
+from msq.profiles.job import ProfileSettings, run_profile
+from msq.profiles.journal import JOURNAL_FILE, Journal
+from msq.profiles.models import choose_device, load_model
+from msq.profiles.quantizer_errors import read_weight
+from msq.profiles.schema import LossMethod
+from msq.profiles.sensitivity import measure_sensitivities
+from msq.profiles.tables import load_profile
+from safetensors.torch import load_file, save_file
+
+SPECS = (QuantizerSpec(Family.INT, 4), QuantizerSpec(Family.NUQ, 2), QuantizerSpec(Family.TCQ, 2, 9))
+SETTINGS = ProfileSettings(specs=SPECS, tokens=256, window=32, windows_per_group=4, batch_sizes=(1, 2), context=8)
+
+
+def test_a_profile_of_every_architecture_is_whole(tiny_model, tmp_path):
+    profile = run_profile(tiny_model, tmp_path / "p", SETTINGS, name="tiny")
+    again = load_profile(tmp_path / "p")
+    assert again.digest == profile.digest and not (tmp_path / "p" / JOURNAL_FILE).exists()
+    assert len(profile.layers) == 14 and (profile.layers["sensitivity"] > 0).all()
+    assert (profile.layers["standard_error"] > 0).all()
+    assert profile.errors is not None and len(profile.errors) == 14 * len(SPECS)
+    for row in profile.errors.itertuples():
+        layer = profile.layers.set_index("layer").loc[row.layer]
+        assert row.size_bytes == profile.spec(row.quantizer).size_bytes(layer.out_features, layer.in_features)
+    # 7 subsets of q, k, v; o; 3 of gate, up; down. k and v differ in role, so all are distinct.
+    assert profile.latency is not None and len(profile.latency) == 12 * len(SPECS) * 2
+    assert profile.manifest.latency is not None and set(profile.manifest.latency.overhead_us) == {1, 2}
+
+
+def test_sensitivity_is_the_kl_of_the_whole_model_per_unit_of_noise(tiny_model, tmp_path):
+    layers = inventory(tiny_model).layers
+    model = load_model(tiny_model, choose_device("cpu"))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    tokens = torch.randint(2048, (4, 16), generator=torch.Generator().manual_seed(0))
+    with Journal(tmp_path / "j", {}) as journal:
+        found = measure_sensitivities(model, layers, tokens, noise=0.1, seed=3, windows_per_group=2, journal=journal)
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    with torch.no_grad():
+        original = [model(part).logits for part in tokens.split(2)]
+        for layer in (layers[0], layers[6], layers[9]):
+            weight = model.get_parameter(f"{layer.name}.weight")
+            values = []
+            for index, part in enumerate(tokens.split(2)):
+                draw = torch.randn(
+                    weight.shape, generator=torch.Generator().manual_seed(input_seed(f"{layer.name}:{index}", 3))
+                )
+                kept = weight.data
+                weight.data = kept + 0.1 * kept.norm() / draw.norm() * draw
+                values.append(float(token_kl(original[index], model(part).logits).mean()))
+                weight.data = kept
+            assert found[layer.name].value == pytest.approx(sum(values) / len(values) / 0.01, rel=1e-3)
+
+
+def test_resuming_from_a_block_equals_the_whole_pass(tiny_model):
+    model = load_model(tiny_model, choose_device("cpu"))
+    blockwise = BlockwiseModel(model)
+    tokens = torch.randint(2048, (2, 12))
+    recording = blockwise.record(tokens)
+    with torch.no_grad():
+        expected = model(tokens).logits
+    for block in range(2):
+        assert torch.allclose(blockwise.logits(blockwise.resume(recording, block)), expected, atol=1e-5)
+    assert float(blockwise.kl_per_window(recording, recording.hidden[-1]).abs().max()) < 1e-6
+
+
+def test_errors_are_those_of_the_quantized_weights(tiny_llama, tmp_path):
+    profile = run_profile(tiny_llama, tmp_path / "p", SETTINGS, name="tiny")
+    assert profile.errors is not None
+    table = profile.errors.set_index(["layer", "quantizer"])["error"]
+    for layer in inventory(tiny_llama).layers[:3]:
+        weight = read_weight(tiny_llama, layer)
+        for spec in SPECS:
+            quantized = quantize(weight, spec, rotation_seed=input_seed(layer.fusion_group, 0))
+            assert table[layer.name, spec.label] == normalized_error(weight, quantized)
+
+
+class _Interrupting(Journal):
+    """A journal whose owner is interrupted after some rows."""
+
+    left = 0
+
+    def add(self, key, row):
+        if type(self).left == 0:
+            raise KeyboardInterrupt
+        type(self).left -= 1
+        super().add(key, row)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 9, 28, 30, 60, 100])
+def test_an_interrupted_job_goes_on_without_measuring_rows_twice(tiny_llama, tmp_path, monkeypatch, rows):
+    undisturbed = run_profile(tiny_llama, tmp_path / "whole", SETTINGS, name="tiny")
+    monkeypatch.setattr(job_module, "Journal", _Interrupting)
+    _Interrupting.left = rows
+    with pytest.raises(KeyboardInterrupt):
+        run_profile(tiny_llama, tmp_path / "p", SETTINGS, name="tiny")
+    monkeypatch.undo()
+    lines = (tmp_path / "p" / JOURNAL_FILE).read_text().splitlines()
+    assert len(lines) == 1 + rows
+    finished = {tuple(json.loads(line)[0]): json.loads(line)[1] for line in lines[1:]}
+    profile = run_profile(tiny_llama, tmp_path / "p", SETTINGS, name="tiny")
+    pd.testing.assert_frame_equal(profile.layers, undisturbed.layers)
+    pd.testing.assert_frame_equal(profile.errors, undisturbed.errors)
+    latency = profile.latency.set_index(["pattern", "quantizer", "batch_size"])["latency_us"]
+    for key, row in finished.items():
+        if key[0] == "latency":
+            assert latency[key[1], key[4], key[6]] == row[0]
+
+
+def test_a_finished_profile_is_not_overwritten_unless_asked(tiny_llama, tmp_path):
+    settings = ProfileSettings(specs=SPECS[:2], tokens=64, window=32, batch_sizes=())
+    first = run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
+    with pytest.raises(ProfileError, match=r"already holds a profile.*--restart"):
+        run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
+    assert run_profile(tiny_llama, tmp_path / "p", settings, name="tiny", restart=True).digest == first.digest
+
+
+def test_calibration_reads_the_text(tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("A short text about nothing, told again and again. " * 60)
+    settings = ProfileSettings(
+        specs=SPECS[:1], method=LossMethod.CALIBRATION_KL, text=text, tokens=96, window=32, batch_sizes=()
+    )
+    profile = run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
+    assert profile.manifest.loss.text == "text.txt" and profile.manifest.loss.tokens == 96
+    assert profile.latency is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_with_a_bad_weight_is_refused(tiny_llama, tmp_path, value):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ProfileError, match=r"up_proj.*NaN or infinite"):
+        run_profile(model, tmp_path / "p", SETTINGS, name="tiny")
+    assert not (tmp_path / "p" / "profile.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise": 0.0}, "noise between 0 and 1"),
+        ({"tokens": 8}, "at least one window"),
+        ({"specs": ()}, "at least one quantizer"),
+        ({"batch_sizes": (1, 1)}, "distinct batch sizes"),
+        ({"method": LossMethod.CALIBRATION_KL}, "calibration needs a text"),
+        ({"device": "tpu9"}, "device"),
+    ],
+)
+def test_bad_settings_are_refused(tiny_llama, tmp_path, changes, message):
+    fields = {"specs": SPECS, "tokens": 256, "window": 32} | changes
+    with pytest.raises(ProfileError, match=message):
+        run_profile(tiny_llama, tmp_path / "p", ProfileSettings(**fields), name="tiny")
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_missing_or_broken_tokenizer_is_one_sentence(tiny_llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("words " * 200)
+    settings = ProfileSettings(specs=SPECS[:1], method=LossMethod.CALIBRATION_KL, text=text, tokens=64, window=32)
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    (model / "tokenizer.json").write_text('{"version": ')
+    with pytest.raises(ProfileError, match="can't load the tokenizer"):
+        run_profile(model, tmp_path / "p", settings, name="tiny")
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(ProfileError, match="has no tokenizer"):
+        run_profile(model, tmp_path / "p", settings, name="tiny")

@@ -1,0 +1,43 @@
+import pytest
+from msq.profiles.errors import ProfileError
+from msq.profiles.journal import Journal
+
+JOB = {"model": "abc", "seed": 0}
+
+
+def test_rows_survive_and_are_found_again(tmp_path):
+    path = tmp_path / "rows"
+    with Journal(path, JOB) as journal:
+        journal.add(("error", "layer", 3), [0.5, 7])
+        assert ("error", "layer", 3) in journal
+    with Journal(path, JOB) as journal:
+        assert journal["error", "layer", 3] == [0.5, 7]
+        assert journal.count("error") == 1 and journal.count("latency") == 0
+
+
+def test_a_row_cut_short_is_dropped_and_the_rest_kept(tmp_path):
+    path = tmp_path / "rows"
+    with Journal(path, JOB) as journal:
+        for index in range(3):
+            journal.add(("row", index), index / 3)
+    content = path.read_bytes()
+    head = content.index(b"\n") + 1
+    for cut in range(len(content) + 1):
+        path.write_bytes(content[:cut])
+        with Journal(path, JOB) as journal:
+            whole = content[head:cut].count(b"\n")
+            assert journal.count("row") == (whole if cut >= head else 0)
+            journal.add(("row", "new"), 1.0)
+        with Journal(path, JOB) as journal:
+            assert ("row", "new") in journal
+
+
+def test_another_job_is_refused_by_name_of_what_differs(tmp_path):
+    path = tmp_path / "rows"
+    with Journal(path, JOB) as journal:
+        journal.add(("row", 0), 1.0)
+    with pytest.raises(ProfileError, match=r"other settings \(seed\)"):
+        Journal(path, {**JOB, "seed": 1})
+    path.write_text("something else\nand more\n")
+    with pytest.raises(ProfileError, match="not a profiling journal"):
+        Journal(path, JOB)

@@ -23,6 +23,8 @@ _MEMORY |= {f"{prefix}ib": 1024.0**power for power, prefix in enumerate("kmgt", 
 _LATENCY = {"us": 1.0, "μs": 1.0, "ms": 1e3, "s": 1e6}  # μ: the Greek letter, to which the micro sign folds
 _SPELLING = {"memory": "bpw, GiB, MiB, KiB, GB, MB, KB or B", "latency": "ms, us, s or tps (tokens per second)"}
 _EXAMPLE = 'such as "memory=3.25bpw", "memory=4.2GiB", "latency=5ms" or "latency=200tps@8"'
+_LEAST_PLAIN_BYTES = 1024
+"""A smaller number without a unit was meant as GiB or bits per weight."""
 _AMOUNT = re.compile(
     r"(?P<number>[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|[+-]?nan|[+-]?inf(?:inity)?)\s*(?P<unit>[^\W\d]*)"
 )
@@ -121,7 +123,8 @@ def _memory(text: str, right: str) -> Budget:
     if unit == "bpw":
         return Budget("memory", None, None, text, value, unit)
     scale = _MEMORY.get(unit or "b")
-    if scale is None:
+    meant_another_unit = not unit and (value < _LEAST_PLAIN_BYTES or value != int(value))
+    if scale is None or meant_another_unit:
         raise _unit_error(text, unit, "memory")
     return Budget("memory", _finite(text, value * scale), None, text, value, unit)
 

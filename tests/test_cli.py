@@ -1,0 +1,150 @@
+"""The command line as a user meets it: output, JSON, exit codes, and one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from msq.cli import main
+
+
+@pytest.fixture
+def msq(monkeypatch, capsys):
+    """Runs a command line; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["msq", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        printed = capsys.readouterr()
+        return int(stopped.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def profile(tiny_llama, tmp_path_factory) -> Path:
+    """A profile made by the command line."""
+    out = tmp_path_factory.mktemp("cli") / "profile"
+    arguments = ["profile", tiny_llama, "--out", out, "--quantizers", "nuq-[24],vq-3", "--tokens", 64, "--window", 32]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(sys, "argv", ["msq", *map(str, arguments)])
+        main()
+    assert not stopped.value.code
+    return out
+
+
+def test_the_main_job(msq, profile, tiny_llama, tmp_path):
+    plan, checkpoint = tmp_path / "plan.yaml", tmp_path / "checkpoint"
+    code, out, _ = msq("plan", "--profile", profile, "--budget", "memory=4.5bpw", "--out", plan, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["memory_bytes"] * 8 <= 4.5 * found["memory_bytes"] * 8 / found["bits_per_weight"]
+    keys = {"status", "objective", "lower_bound", "gap", "memory_bytes", "bits_per_weight", "latency_us", "solver"}
+    assert keys | {"solve_seconds", "columns"} <= set(found)
+    code, out, err = msq("apply", tiny_llama, "--plan", plan, "--out", checkpoint, "--json")
+    assert code == 0 and json.loads(out)["memory_bytes"] == found["memory_bytes"] and "quantizing" in err
+    text = tmp_path / "text.txt"
+    text.write_text("Some words to measure perplexity on, many times over. " * 50)
+    code, out, _ = msq(
+        "evaluate", checkpoint, "--text", text, "--reference", tiny_llama, "--window", 32, "--windows", 4, "--json"
+    )
+    measured = json.loads(out)
+    assert code == 0 and measured["kl"] > 0 and measured["tokens"] == 128 and measured["perplexity"] > 1
+    code, out, _ = msq("evaluate", tiny_llama, "--text", text, "--reference", tiny_llama, "--window", 32, "--json")
+    assert abs(json.loads(out)["kl"]) < 1e-6
+    code, out, _ = msq("generate", checkpoint, "--prompt", "The", "--max-tokens", 4, "--json")
+    assert code == 0 and json.loads(out)["prompt"] == "The"
+
+
+def test_plan_shows_a_map_and_its_proof(msq, profile):
+    code, out, _ = msq("plan", "--profile", profile, "--budget", "latency=1s", "--budget", "memory=5bpw")
+    assert code == 0 and "block" in out and "bits per weight" in out and "above the best possible" in out
+
+
+def test_frontier_and_compare_write_tables(msq, profile, tmp_path):
+    code, out, _ = msq("frontier", "--profile", profile, "--resource", "memory", "--out", tmp_path / "f.csv", "--json")
+    lines = (tmp_path / "f.csv").read_text().splitlines()
+    assert code == 0 and json.loads(out)["points"] == len(lines) - 1
+    assert lines[0] == "memory_bytes,bits_per_weight,loss,price"
+    points = [tuple(map(float, line.split(",")[:3])) for line in lines[1:]]
+    assert points == sorted(points) and [p[2] for p in points] == sorted((p[2] for p in points), reverse=True)
+    code, out, _ = msq(
+        "compare", "--profile", profile, "--budget", "memory=4.5bpw", "--out", tmp_path / "c.csv", "--json"
+    )
+    rows = {row["solver"]: row for row in json.loads(out)["solvers"]}
+    assert code == 0 and {"uniform", "water_filling", "lagrangian", "scip"} <= set(rows)
+    assert rows["scip"]["status"] == "optimal"
+    assert all(row["objective"] >= rows["scip"]["objective"] * (1 - 1e-9) for row in rows.values() if row["objective"])
+    assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + len(rows)
+    code, out, _ = msq("frontier", "--profile", profile, "--resource", "latency", "--out", tmp_path / "l.csv")
+    assert code == 0 and "break points" in out
+
+
+def test_doctor_and_version(msq):
+    code, out, _ = msq("doctor", "--json")
+    findings = {finding["name"]: finding for finding in json.loads(out)["findings"]}
+    assert code == 0 and findings["solver scip"]["works"] and findings["model ref-tiny-3m"]["works"]
+    assert msq("--version")[1].strip() == json.loads(out)["msq"]
+
+
+def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, profile, tmp_path):
+    code, out, err = msq(
+        "plan", "--profile", profile, "--budget", "memory=1bpw", "--out", tmp_path / "plan.yaml", "--json"
+    )
+    assert code == 3 and not out and "the least that these quantizers reach is" in err
+    assert not (tmp_path / "plan.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["plan", "--profile", "{p}", "--budget", "memory=4.5bpw", "--solver", "lagrangain"],
+            "did you mean lagrangian",
+        ),
+        (["plan", "--profile", "{p}", "--budget", "memory=4.5bpw", "--quantizers", "nuk-2"], "near matches: nuq-2"),
+        (["plan", "--profile", "{p}", "--budget", "memory=4.5"], "the unit is missing"),
+        (["plan", "--profile", "{p}", "--budget", "latency=5ms@64"], "not measured at batch size 64"),
+        (["plan", "--profile", "{t}/none", "--budget", "memory=4.5bpw"], "none"),
+        (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--solvers", "scpi"], "did you mean scip"),
+        (["frontier", "--profile", "{p}", "--resource", "speed", "--out", "{t}/f.csv"], "memory or latency"),
+        (["apply", "{t}/none", "--plan", "{t}/none.yaml", "--out", "{t}/c"], "can't read the plan"),
+        (["evaluate", "{t}/none", "--text", "{t}/none.txt"], "no model directory"),
+        (["evaluate", "ref-tiny-3m", "--text", "{t}/none.txt"], "can't read the text"),
+        (["generate", "{t}/none", "--prompt", "x"], "no model directory"),
+        (["profile", "ref-tiny-4m", "--out", "{t}/p"], "near matches: ref-tiny-3m"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--loss", "calibration"], "calibration needs a text"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--loss", "fishy"], "unknown loss method"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--text", "x.txt"], "data-free sensitivities take none"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--batch-sizes", "one"], "expected batch sizes"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--device", "cuda:99"], "CUDA"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--state-bits", "30"], "trellis"),
+        (["profile", "{p}", "--out", "{t}/p"], "config.json"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(msq, profile, tmp_path, arguments, message):
+    code, out, err = msq(*(part.format(p=profile, t=tmp_path) for part in arguments))
+    assert code == 2 and not out
+    assert message in err and err.startswith("msq: ") and len(err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_changed_profile_is_refused(msq, profile, tmp_path):
+    import shutil
+
+    damaged = shutil.copytree(profile, tmp_path / "p")
+    (damaged / "layers.csv").write_text((damaged / "layers.csv").read_text().replace("q_proj,", "q_proj ,", 1))
+    code, _, err = msq("plan", "--profile", damaged, "--budget", "memory=4bpw")
+    assert code == 2 and "layers.csv" in err
+    manifest = yaml.safe_load((profile / "profile.yaml").read_text()) | {"surprise": 1}
+    (damaged / "profile.yaml").write_text(yaml.safe_dump(manifest))
+    code, _, err = msq("plan", "--profile", damaged, "--budget", "memory=4bpw")
+    assert code == 2 and "surprise" in err
+
+
+def test_usage_mistakes_exit_with_2(msq):
+    assert msq("plan")[0] == 2
+    assert msq("no-such-command")[0] == 2

@@ -3,7 +3,7 @@
     python -m msq.experiments.check_promises --out results.csv
 
 For the embedded model (or `--model`): plan `--budget` with the best uniform scheme and as a mix, build both and measure
-their KL to the original; then quantize single layers of the original, each in several ways, and correlate the promised
+their KL to the original; then quantize single layers of the original at 2, 3 and 4 bits, and correlate the promised
 loss a_l * err with the measured KL. The text is Python's help topics unless `--text` is given.
 """
 
@@ -14,10 +14,11 @@ import csv
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from scipy.stats import spearmanr
@@ -31,9 +32,9 @@ from ..planner.executor.load import load_checkpoint
 from ..planner.solve import make_plan
 from ..profiles.blockwise import BlockwiseModel
 from ..profiles.inventory import inventory
-from ..profiles.job import ProfileSettings, run_profile
+from ..profiles.job import ProfileSettings, describe_device, run_profile
 from ..profiles.model_source import resolve_model
-from ..profiles.models import choose_device, load_model, load_tokenizer, token_windows
+from ..profiles.models import choose_device, load_model, load_tokenizer, random_windows, token_windows
 from ..profiles.options import parse_palette
 from ..profiles.quantizer_errors import read_weight
 from ..profiles.schema import MANIFEST_FILE
@@ -41,8 +42,10 @@ from ..profiles.tables import Profile, load_profile
 from .demo import help_text_windows
 from .evaluate import evaluate
 
-_SWAP_BITS = (2.0, 3.0)
-"""Rates of the single-layer swaps: of each, the first quantizer of the palette that has it."""
+_SWAP_BITS = (2.0, 3.0, 4.0)
+"""Rates of the single-layer swaps: of each, the palette's quantizer of least error on N(0,1)."""
+_FRESH_SEED = 1_000_003
+"""Seed of the random tokens on which swaps are measured besides the text."""
 
 
 @contextmanager
@@ -56,30 +59,66 @@ def swapped(layer: nn.Linear, values: Tensor) -> Iterator[None]:
         layer.weight.data = original
 
 
-def single_layer_swaps(model: nn.Module, directory: Path, profile: Profile, windows: Tensor) -> list[dict[str, object]]:
-    """Promised loss and measured KL of quantizing one layer at a time, other layers untouched."""
+@dataclass(frozen=True)
+class Swap:
+    """One layer quantized, the others untouched: promised loss, and KL measured on the text and on random tokens."""
+
+    layer: str
+    quantizer: str
+    promised: float
+    kl_text: float
+    kl_random: float
+
+
+def single_layer_swaps(model: nn.Module, directory: Path, profile: Profile, windows: Tensor) -> list[Swap]:
+    """Quantize every layer alone at each of `_SWAP_BITS`."""
     blockwise = BlockwiseModel(model)
-    recording = blockwise.record(windows)
-    labels = [
-        next(label for label in profile.labels if profile.spec(label).bits == bits)
-        for bits in _SWAP_BITS
-        if any(profile.spec(label).bits == bits for label in profile.labels)
-    ]
+    fresh = random_windows(cast(Any, model).config.vocab_size, len(windows), windows.shape[1], _FRESH_SEED)
+    device = next(model.parameters()).device
+    recordings = [blockwise.record(tokens.to(device)) for tokens in (windows, fresh)]
+    table = profile.quantizers.sort_values("gaussian_error")
+    labels = [table["quantizer"][table["bits_per_weight"] == bits].iloc[0] for bits in _SWAP_BITS]
     seed = profile.manifest.loss.seed or 0
     sensitivity = dict(zip(profile.layers["layer"], profile.layers["sensitivity"], strict=True))
-    assert profile.errors is not None
-    error = {(row.layer, row.quantizer): row.error for row in profile.errors.itertuples()}
-    rows: list[dict[str, object]] = []
+    rows, columns = list(profile.layer_names), list(profile.labels)
+    swaps = []
     for layer in inventory(directory).layers:
-        weight = read_weight(directory, layer)
+        weight = read_weight(directory, layer).to(device)
         for label in labels:
             quantized = quantize(weight, profile.spec(label), rotation_seed=input_seed(layer.fusion_group, seed))
             with swapped(cast(nn.Linear, model.get_submodule(layer.name)), dequantize(quantized)):
-                changed = blockwise.resume(recording, layer.block)
-            measured = float(blockwise.kl_per_window(recording, changed).mean())
-            promised = sensitivity[layer.name] * error[layer.name, label]
-            rows.append({"layer": layer.name, "quantizer": label, "promised": promised, "measured_kl": measured})
-    return rows
+                kl = [
+                    float(blockwise.kl_per_window(recording, blockwise.resume(recording, layer.block)).mean())
+                    for recording in recordings
+                ]
+            error = float(profile.error_matrix[rows.index(layer.name), columns.index(label)])
+            swaps.append(Swap(layer.name, label, float(sensitivity[layer.name]) * error, *kl))
+    return swaps
+
+
+def build_and_measure(
+    profile: Profile,
+    directory: Path,
+    budget: str,
+    solver: str,
+    out: Path,
+    windows: Tensor,
+    model: nn.Module,
+    device: str,
+) -> dict[str, object]:
+    """Plan, build and measure one scheme: promised and stored bytes, promised loss, KL, perplexity."""
+    plan = make_plan(profile, parse_budgets([budget]), solver=solver)
+    applied = apply_plan(directory, plan, out, device=device)
+    measured = evaluate(load_checkpoint(out, device=device), windows, reference=model)
+    return {
+        "bits per weight": plan.promised.bits_per_weight,
+        "promised bytes": plan.promised.memory_bytes,
+        "bytes on disk": applied.memory_bytes,
+        "promised loss": plan.promised.loss,
+        "measured KL": measured.kl,
+        "perplexity": measured.perplexity,
+        "quantizers": " ".join(sorted(plan.quantizers)),
+    }
 
 
 def main() -> None:
@@ -88,75 +127,79 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="use this profile; else one is made with --palette")
     parser.add_argument("--palette", default="tcq-*,half-tcq-*,nuq-*")
     parser.add_argument("--state-bits", type=int, default=12)
-    parser.add_argument("--budget", default="memory=3.0bpw")
+    parser.add_argument("--budgets", nargs="+", default=["memory=3.0bpw"])
+    parser.add_argument("--solver", default="scip")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--text", type=Path)
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=32, help="windows of 512 tokens; 0 for all")
+    parser.add_argument("--swap-windows", type=int, default=32, help="windows that single-layer swaps are measured on")
+    parser.add_argument("--commit", help="commit to record; default: that of this checkout")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     directory = resolve_model(arguments.model)
+    model = load_model(directory, choose_device(arguments.device))
+    limit = arguments.windows or None
+    windows = (
+        help_text_windows(load_tokenizer(directory), 512, limit)
+        if arguments.text is None
+        else token_windows(directory, arguments.text, 512, limit)
+    )
+    results = _facts(arguments, windows)
     with tempfile.TemporaryDirectory() as scratch:
         profile = _profile(arguments, directory, Path(scratch) / "profile")
-        model = load_model(directory, choose_device("cpu"))
-        windows = (
-            help_text_windows(load_tokenizer(directory), 512, arguments.windows)
-            if arguments.text is None
-            else token_windows(directory, arguments.text, 512, arguments.windows)
-        )
-        results: list[tuple[str, object]] = _facts(arguments, windows)
-        kl = {}
-        for solver in ("uniform", "scip"):
-            plan = make_plan(profile, parse_budgets([arguments.budget]), solver=solver)
-            applied = apply_plan(directory, plan, Path(scratch) / solver)
-            measured = evaluate(load_checkpoint(Path(scratch) / solver), windows, reference=model)
-            kl[solver] = measured.kl or 0.0
-            stored = applied.memory_bytes
-            results += [
-                (f"{solver}: quantizers", " ".join(sorted(plan.quantizers))),
-                (f"{solver}: promised bytes", plan.promised.memory_bytes),
-                (f"{solver}: bytes on disk", stored),
-                (f"{solver}: promised loss", plan.promised.loss),
-                (f"{solver}: measured KL", measured.kl),
-                (f"{solver}: perplexity", measured.perplexity),
-            ]
-        results.append(("KL of the plan over KL of the best uniform scheme", kl["scip"] / kl["uniform"]))
-        swaps = single_layer_swaps(model, directory, profile, windows)
-        correlation = spearmanr([row["promised"] for row in swaps], [row["measured_kl"] for row in swaps]).statistic
-        results += [("single-layer swaps", len(swaps)), ("Spearman of promised and measured KL", float(correlation))]
-    with arguments.out.open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["fact", "value"])
-        table.writerows(results)
-        table.writerows(
-            [f"swap {r['layer']} {r['quantizer']}", f"{r['promised']:.6g} {r['measured_kl']:.6g}"] for r in swaps
-        )
+        original = evaluate(model, windows)
+        results.append(("original: perplexity", original.perplexity))
+        for budget in arguments.budgets:
+            kl = {}
+            for solver in ("uniform", arguments.solver):
+                out = Path(scratch) / f"{solver} {budget}"
+                row = build_and_measure(profile, directory, budget, solver, out, windows, model, arguments.device)
+                results += [(f"{budget} {solver}: {name}", value) for name, value in row.items()]
+                kl[solver] = cast(float, row["measured KL"])
+            results.append(
+                (f"{budget}: KL of the plan over that of the uniform scheme", kl[arguments.solver] / kl["uniform"])
+            )
+        swaps = single_layer_swaps(model, directory, profile, windows[: arguments.swap_windows])
+    promised = [swap.promised for swap in swaps]
+    on_text, on_random = ([getattr(swap, name) for swap in swaps] for name in ("kl_text", "kl_random"))
+    results += [
+        ("single-layer swaps", len(swaps)),
+        ("Spearman of promised and measured KL, text", float(spearmanr(promised, on_text).statistic)),
+        ("Spearman of promised and measured KL, random tokens", float(spearmanr(promised, on_random).statistic)),
+    ]
+    _write(arguments.out, ["fact", "value"], results)
+    names = [field.name for field in fields(Swap)]
+    _write(arguments.out.with_name(f"{arguments.out.stem}_swaps.csv"), names, [astuple(swap) for swap in swaps])
     for name, value in results:
         print(f"{name}: {value}")
+
+
+def _write(path: Path, header: list[str], rows: Sequence[tuple[object, ...]]) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(header)
+        table.writerows(rows)
 
 
 def _profile(arguments: argparse.Namespace, directory: Path, scratch: Path) -> Profile:
     if arguments.profile is not None and (arguments.profile / MANIFEST_FILE).exists():
         return load_profile(arguments.profile)
-    settings = ProfileSettings(specs=parse_palette(arguments.palette, arguments.state_bits), batch_sizes=())
+    specs = parse_palette(arguments.palette, arguments.state_bits)
+    settings = ProfileSettings(specs=specs, batch_sizes=(), device=arguments.device)
     return run_profile(directory, arguments.profile or scratch, settings, name=arguments.model)
 
 
 def _facts(arguments: argparse.Namespace, windows: Tensor) -> list[tuple[str, object]]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     text = "pydoc_data.topics" if arguments.text is None else arguments.text.name
     return [
         ("model", arguments.model),
-        ("budget", arguments.budget),
         ("text", f"{text}, {windows.numel()} tokens"),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        ("machine", f"{platform.machine()}, {torch.get_num_threads()} threads"),
-        ("commit", commit.stdout.strip() or "not in a git checkout"),
+        ("device", describe_device(choose_device(arguments.device)).name),
+        ("commit", arguments.commit or found.stdout.strip() or "not in a git checkout"),
     ]
 
 

@@ -183,7 +183,7 @@ def _measure(
             unplanned_bytes=model_info.unplanned_bytes,
             digest=digest,
         ),
-        device=_device_part(device, settings),
+        device=describe_device(device, context=settings.context),
         loss=LossPart(
             method=settings.method,
             error="measured",
@@ -260,18 +260,18 @@ def _quantizer_table(specs: Sequence[QuantizerSpec], seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _device_part(device: torch.device, settings: ProfileSettings) -> DevicePart:
+def describe_device(device: torch.device, **details: int) -> DevicePart:
+    """What a profile says of the device it was measured on; `details` are added."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        details: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            "context": settings.context,
         }
-        return DevicePart(name=properties.name, kind="cuda", details=details)
-    details = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "context": settings.context}
-    return DevicePart(name=_processor_name(), kind="cpu", details=details)
+        return DevicePart(name=properties.name, kind="cuda", details=facts | details)
+    facts = {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    return DevicePart(name=_processor_name(), kind="cpu", details=facts | details)
 
 
 def _processor_name() -> str:

@@ -85,7 +85,7 @@ def test_several() -> None:
         parse_budgets(["memory=3bpw", "memory=1GiB"])
 
 
-@pytest.mark.parametrize("text", ["memory=2.37bpw", "memory=1GiB", "memory=777kB", "memory=1", "latency=3ms",
+@pytest.mark.parametrize("text", ["memory=2.37bpw", "memory=1GiB", "memory=777kB", "memory=4096", "latency=3ms",
                                   "latency=1s", "latency=8us", "latency=333tps@8"])  # fmt: skip
 @pytest.mark.parametrize("amount", [1.0, 3.7, 1234.5678, 98765.4321, 2611090961.0])
 def test_reported_values_are_wide_enough(text: str, amount: float) -> None:

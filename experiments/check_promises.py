@@ -159,6 +159,7 @@ def main() -> None:
             results.append(
                 (f"{budget}: KL of the plan over that of the uniform scheme", kl[arguments.solver] / kl["uniform"])
             )
+            _write(arguments.out, ["fact", "value"], results)
         swaps = single_layer_swaps(model, directory, profile, windows[: arguments.swap_windows])
     promised = [swap.promised for swap in swaps]
     on_text, on_random = ([getattr(swap, name) for swap in swaps] for name in ("kl_text", "kl_random"))

@@ -35,7 +35,7 @@ from .evaluate import Evaluation, evaluate
 from .plan_map import plan_map
 
 MODEL = "ref-tiny-3m"
-PALETTE = "tcq-[123]*,tcq-4,half-tcq-[123]*,nuq-[2345]"
+PALETTE = "tcq-[123]*,tcq-4,half-tcq-[23]*,nuq-[2345]"
 STATE_BITS = 12
 BUDGET = "memory=3.0bpw"
 _WINDOW, _WINDOWS = 512, 48

@@ -125,6 +125,7 @@ def profile(
     json_output: Json = False,
 ) -> None:
     """Measure what every quantizer costs every layer: loss, bytes, microseconds."""
+    from .kernels.rotation import rotation_note
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
     from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
@@ -145,6 +146,8 @@ def profile(
     except KeyboardInterrupt:
         _note(f"\nmsq: interrupted; finished rows are in {out}, the same command goes on from them.")
         sys.exit(130)
+    for note in filter(None, map(rotation_note, sorted(set(done.layers["in_features"])))):
+        _note(f"msq: {note}.")
     facts = {"profile": str(out), "digest": done.digest, "layers": len(done.layers), "quantizers": len(done.quantizers)}
     if json_output:
         _print_json(facts)

@@ -53,3 +53,11 @@ def unrotate(x: Tensor, seed: int) -> Tensor:
     size = x.shape[-1]
     turned = apply_hadamard(x.float(), hadamard_plan(size), inverse=True)
     return turned * rotation_signs(size, seed).to(x.device)
+
+
+def rotation_note(size: int) -> str | None:
+    """What to tell people when a size has no Hadamard matrix here; None where the rotation mixes all of it."""
+    plan = hadamard_plan(size)
+    if plan.is_complete:
+        return None
+    return f"no Hadamard matrix of size {size} is built here; inputs of that size are rotated in blocks of {plan.block}"

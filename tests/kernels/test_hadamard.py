@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from msq.kernels.hadamard import apply_hadamard, hadamard_matrix, hadamard_plan
-from msq.kernels.rotation import input_seed, rotate, rotation_signs, unrotate
+from msq.kernels.rotation import input_seed, rotate, rotation_note, rotation_signs, unrotate
 
 REAL_SIZES = [
     256, 512, 896, 1536, 2560, 3072, 3584, 4096, 4864, 5120, 6144, 8192, 8960, 9728, 11008, 12288, 13824, 14336, 17408,
@@ -35,6 +35,7 @@ def test_the_product_is_the_kronecker_product_of_its_factors(size):
 def test_a_size_that_nothing_fits_falls_back_to_blocks_and_says_so():
     plan = hadamard_plan(14)
     assert not plan.is_complete and plan.block == 2
+    assert "rotated in blocks of 2" in (rotation_note(14) or "") and rotation_note(1536) is None
     x = torch.randn(2, 14, dtype=torch.float64)
     pairs = x.view(2, 7, 2)
     expected = torch.stack([pairs.sum(-1), pairs[..., 0] - pairs[..., 1]], dim=-1) / math.sqrt(2)

@@ -39,7 +39,7 @@ from ..profiles.options import parse_palette
 from ..profiles.quantizer_errors import read_weight
 from ..profiles.schema import MANIFEST_FILE
 from ..profiles.tables import Profile, load_profile
-from .demo import help_text_windows
+from .demo import PALETTE, STATE_BITS, help_text_windows
 from .evaluate import evaluate
 
 _SWAP_BITS = (2.0, 3.0, 4.0)
@@ -125,8 +125,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="ref-tiny-3m")
     parser.add_argument("--profile", type=Path, help="use this profile; else one is made with --palette")
-    parser.add_argument("--palette", default="tcq-*,half-tcq-*,nuq-*")
-    parser.add_argument("--state-bits", type=int, default=12)
+    parser.add_argument("--palette", default=PALETTE)
+    parser.add_argument("--state-bits", type=int, default=STATE_BITS)
     parser.add_argument("--budgets", nargs="+", default=["memory=3.0bpw"])
     parser.add_argument("--solver", default="scip")
     parser.add_argument("--device", default="cpu")

@@ -48,8 +48,8 @@ Fusion = Annotated[bool, typer.Option("--fusion/--no-fusion", help="Whether laye
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 TimeLimit = Annotated[float, typer.Option(help="Seconds for a solver.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Window = Annotated[int, typer.Option(help="Tokens of a window.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 
 def main() -> None:
@@ -69,10 +69,12 @@ def main() -> None:
         _fail(cause, INFEASIBLE)
     except (QuantizerError, SolverError, ProfileError, PlanError, CheckpointError) as cause:
         _fail(cause, BAD_INPUT)
+    except (OSError, MemoryError) as cause:  # a full disk, a path too long: nothing that a command foresees everywhere
+        _fail(cause, BAD_INPUT)
 
 
 def _fail(cause: Exception, code: int) -> None:
-    print(f"msq: {cause}", file=sys.stderr)
+    print(f"msq: {' '.join(str(cause).split())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -197,7 +199,7 @@ def _print_plan(found: Plan) -> None:
     console = Console()
     console.print(plan_map(found))
     promised, report = found.promised, found.solver
-    bound = "no bound" if report.gap is None else f"at most {100 * report.gap:.3g}% above the best possible"
+    bound = "no bound" if report.gap is None else f"proven gap {100 * report.gap:.3g}% of it"
     print(f"loss {promised.loss:.6g} ({report.status}, {bound}; {report.name}, {report.seconds:.2f} s)")
     print(f"memory {promised.memory_bytes} bytes, {promised.bits_per_weight:.4f} bits per weight")
     for batch, latency in promised.latency_us.items():
@@ -254,7 +256,7 @@ def compare(
 
     from .experiments.compare import compare_solvers
     from .planner.budget import parse_budgets
-    from .planner.errors import PlanError
+    from .planner.errors import InfeasibleBudgetError, PlanError
     from .profiles.files import write_atomic
 
     rows = compare_solvers(
@@ -267,6 +269,10 @@ def compare(
         time_limit=time_limit,
         seed=seed,
     )
+    if all(row.status == "infeasible" for row in rows):
+        raise InfeasibleBudgetError(
+            f"every solver proves that {' and '.join(budget)} can't be met; `msq plan` says what can."
+        )
     if out is not None:
         table = pd.DataFrame([asdict(row) for row in rows])
         write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)

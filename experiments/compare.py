@@ -61,6 +61,8 @@ def compare_solvers(
         PlanError, SolverError: bad budgets, quantizers or solver names.
     """
     names = list(dict.fromkeys(solver_names() if solvers is None else solvers))
+    if not names:
+        raise SolverError(f"expected at least one solver; there are {', '.join(solver_names())}")
     lacking = {name: missing_requirements(name) for name in names}
     built = build_problem(profile, budgets, quantizers=quantizers, implementations=implementations, fusion=fusion)
     rows = []

@@ -27,7 +27,7 @@ from ..planner.plan import Plan, save_plan
 from ..planner.solve import make_plan
 from ..profiles.job import ProfileSettings, run_profile
 from ..profiles.model_source import resolve_model
-from ..profiles.models import load_model, load_tokenizer, windows_of
+from ..profiles.models import choose_device, load_model, load_tokenizer, windows_of
 from ..profiles.options import parse_palette
 from ..profiles.schema import MANIFEST_FILE
 from ..profiles.tables import Profile, load_profile
@@ -63,7 +63,7 @@ def run_demo(out: Path) -> list[DemoRow]:
     """Run the job, print what it finds, and leave profile, plans and checkpoints in `out`.
 
     Raises:
-        PlanError: `out` exists and holds a finished demo.
+        PlanError: `out` holds checkpoints of an earlier demo, or another profile.
     """
     if (out / "msq").exists() or (out / "uniform").exists():
         raise PlanError(f"{out} holds checkpoints of an earlier demo; remove it or choose another --out.")
@@ -77,7 +77,7 @@ def run_demo(out: Path) -> list[DemoRow]:
     uniform = make_plan(profile, parse_budgets([BUDGET]), solver="uniform")
     same_bytes = parse_budgets([f"memory={uniform.promised.memory_bytes}B"])
     mixed = make_plan(profile, same_bytes, solver="scip")
-    reference = load_model(directory, _cpu())
+    reference = load_model(directory, choose_device("cpu"))
     windows = help_text_windows(load_tokenizer(directory), _WINDOW, _WINDOWS)
     weights = int(profile.layer_weights.sum())
     original = evaluate(reference, windows, reference=reference)
@@ -99,17 +99,14 @@ def run_demo(out: Path) -> list[DemoRow]:
     return rows
 
 
-def _cpu() -> Any:
-    import torch
-
-    return torch.device("cpu")
-
-
 def _profile(directory: Path, out: Path) -> Profile:
     """Measure, or load what an earlier run has measured."""
     settings = ProfileSettings(specs=parse_palette(PALETTE, STATE_BITS), tokens=8192)
     if (out / MANIFEST_FILE).exists():
-        return load_profile(out)
+        found = load_profile(out)
+        if set(found.labels) != {spec.label for spec in settings.specs} or found.manifest.model.name != MODEL:
+            raise PlanError(f"{out} is not the demo's profile; remove it or choose another --out.")
+        return found
     return run_profile(directory, out, settings, name=MODEL)
 
 

@@ -19,6 +19,8 @@ from ..profiles.models import choose_device, load_model
 from ..profiles.progress import progress
 
 _LOGITS_AT_ONCE = 1 << 24
+_LARGEST_LOSS = 700.0
+"""Nats per token above which a perplexity is beyond float64."""
 
 
 @dataclass(frozen=True)
@@ -76,4 +78,7 @@ def evaluate(model: nn.Module, windows: Tensor, *, reference: nn.Module | None =
                 divergence += float(token_kl(reference(tokens).logits, logits).sum())
             advance()
     kl = None if reference is None else divergence / windows.numel()
-    return Evaluation(math.exp(loss / (count * (length - 1))), kl, windows.numel())
+    mean = loss / (count * (length - 1))
+    if not mean < _LARGEST_LOSS or not math.isfinite(divergence):
+        raise ProfileError(f"the model's mean loss is {mean:g} and its KL {kl}; expected finite numbers: it is broken.")
+    return Evaluation(math.exp(mean), kl, windows.numel())

@@ -85,8 +85,8 @@ class FusedLinear(nn.Module):
     """Several layers of one input as one product; `slices` are the modules to put where the layers were.
 
     The slice that is called first with an input runs the product for all; the others hand out their rows of it. A slice
-    called with any other input (another object, or one changed in place since, which inference mode hides) runs the
-    product anew, so the order of calls never matters for the result.
+    called with any other input runs the product anew, so the order of calls does not matter for the result. An input
+    changed in place between two slices counts as another one, except in inference mode, where torch hides the change.
     """
 
     def __init__(self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> None:

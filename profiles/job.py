@@ -19,13 +19,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from .. import __version__
 from ..kernels.specs import QuantizerSpec
 from .errors import ProfileError
 from .files import sha256_file
 from .inventory import ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal
 from .latency import measure_latency, measure_overhead
-from .models import choose_device, load_model, random_windows, token_windows
+from .models import choose_device, load_config, load_model, random_windows, token_windows
 from .quantizer_errors import measure_errors, measured_gaussian_error
 from .schema import MANIFEST_FILE, DevicePart, LatencyPart, LossMethod, LossPart, ModelPart, ProfileManifest
 from .sensitivity import measure_sensitivities
@@ -42,7 +43,7 @@ class ProfileSettings:
         method: data-free KL on random tokens, or KL on a calibration text.
         text: the calibration text, with that method only.
         batch_sizes: for latency; empty leaves latency out.
-        tokens: about how many the sensitivities see; a whole number of groups of windows.
+        tokens: about how many the sensitivities see; rounded down to whole windows, of which there are at least two.
         window: tokens of a window.
         windows_per_group: windows that share a noise draw.
         noise: relative size of the perturbation, |dW| / |W|.
@@ -78,8 +79,10 @@ class ProfileSettings:
         for name in ("tokens", "window", "windows_per_group", "context"):
             if getattr(self, name) < 1:
                 raise ProfileError(f"expected {name} of at least 1; got {getattr(self, name)}.")
-        if self.tokens < self.window:
-            raise ProfileError(f"expected tokens for at least one window of {self.window}; got {self.tokens}.")
+        if self.tokens < 2 * self.window:
+            raise ProfileError(f"expected tokens for at least two windows of {self.window}; got {self.tokens}.")
+        if not 0 <= self.seed < 2**63:
+            raise ProfileError(f"expected a seed from 0 to 2**63 - 1; got {self.seed}.")
         if len(set(self.batch_sizes)) != len(self.batch_sizes) or any(b < 1 for b in self.batch_sizes):
             raise ProfileError(f"expected distinct batch sizes of at least 1; got {self.batch_sizes}.")
 
@@ -103,18 +106,16 @@ def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: 
     journal_path = out / JOURNAL_FILE
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if restart:
-            for stale in (journal_path, out / MANIFEST_FILE):
-                stale.unlink(missing_ok=True)
     except OSError as cause:
         raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    if (out / MANIFEST_FILE).exists():
+    if (out / MANIFEST_FILE).exists() and not restart:
         raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
+    job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
-    with Journal(journal_path, job) as journal:
+    with Journal(journal_path, job, restart=restart) as journal:
         profile = _measure(model_dir, out, settings, model_info, digest, tokens, device, journal)
-    journal_path.unlink()
+        journal_path.unlink()
     return profile
 
 
@@ -134,8 +135,7 @@ def _tokens(model_dir: Path, settings: ProfileSettings) -> Tensor:
     windows = settings.tokens // settings.window
     if settings.text is not None:
         return token_windows(model_dir, settings.text, settings.window, windows)
-    config = transformers.AutoConfig.from_pretrained(model_dir, local_files_only=True)
-    return random_windows(config.vocab_size, windows, settings.window, settings.seed)
+    return random_windows(load_config(model_dir).vocab_size, windows, settings.window, settings.seed)
 
 
 def _measure(

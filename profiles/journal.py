@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .errors import ProfileError
+
+if sys.platform != "win32":
+    import fcntl
 
 JOURNAL_FILE = "unfinished.jsonl"
 
@@ -23,34 +27,52 @@ class Journal:
     Args:
         path: the file; made if missing.
         job: settings that the rows depend on, JSON values only.
+        restart: drop the rows of an earlier job.
 
     Raises:
-        ProfileError: the file belongs to another job, or is not a journal.
+        ProfileError: another process writes to the file, it belongs to another job, or is not a journal.
     """
 
-    def __init__(self, path: Path, job: dict[str, Any]) -> None:
+    def __init__(self, path: Path, job: dict[str, Any], *, restart: bool = False) -> None:
         self.path = path
         self._rows: dict[tuple[Any, ...], Any] = {}
-        self._file = None
         head = json.dumps(job, sort_keys=True)
         whole = 0
-        if path.exists():
-            lines = path.read_bytes().split(b"\n")
+        try:
+            self._file = path.open("a+b")
+        except OSError as cause:
+            raise ProfileError(f"can't write {path}: {cause.strerror or cause}.") from cause
+        try:
+            self._lock()
+            self._file.seek(0)
+            lines = [] if restart else self._file.read().split(b"\n")
             if len(lines) > 1:
                 self._check_job(lines[0], head)
                 whole = len(lines[0]) + 1
                 for line in lines[1:-1]:
                     try:
                         key, row = json.loads(line)
-                    except ValueError:
+                        self._rows[tuple(key)] = row
+                    except (ValueError, TypeError):
                         break
-                    self._rows[tuple(key)] = row
                     whole += len(line) + 1
-        self._file = path.open("r+b" if whole else "wb")
-        self._file.seek(whole)
-        self._file.truncate()
-        if not whole:
-            self._append(head)
+            self._file.truncate(whole)
+            if not whole:
+                self._append(head)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self) -> None:
+        """Keep other processes out until the file is closed, where the system has such locks."""
+        if sys.platform == "win32":
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as cause:
+            raise ProfileError(
+                f"another msq profile is writing to {self.path.parent}; wait for it, or stop it."
+            ) from cause
 
     def _check_job(self, line: bytes, head: str) -> None:
         try:
@@ -65,7 +87,6 @@ class Journal:
             )
 
     def _append(self, text: str) -> None:
-        assert self._file is not None
         self._file.write(text.encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -91,5 +112,4 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()

@@ -28,7 +28,26 @@ def choose_device(name: str) -> torch.device:
         raise ProfileError(f"msq runs on cpu and cuda; got '{name}'.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ProfileError("this machine has no usable CUDA device; use --device cpu, or see `msq doctor`.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ProfileError(f"this machine has {torch.cuda.device_count()} CUDA devices, numbered from 0; got '{name}'.")
     return device
+
+
+def load_config(directory: Path) -> Any:
+    """The transformers configuration of a model directory.
+
+    Raises:
+        ProfileError: transformers can't read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True)
+    except Exception as cause:  # as in load_model
+        detail = " ".join(str(cause).split())[:200]
+        raise ProfileError(
+            f"transformers can't read {directory}/config.json ({type(cause).__name__}: {detail})."
+        ) from cause
 
 
 def load_model(directory: Path, device: torch.device) -> nn.Module:
@@ -83,6 +102,8 @@ def token_windows(directory: Path, text_file: Path, length: int, limit: int | No
 
 def windows_of(tokenizer: Any, text: str, length: int, limit: int | None, what: str) -> Tensor:
     """Cut a text into windows of tokens, as `token_windows` does; `what` names it in messages."""
+    if length < 2:
+        raise ProfileError(f"expected windows of at least 2 tokens; got {length}.")
     tokens = tokenizer(text, verbose=False)["input_ids"]  # not verbose: the text is longer than the context on purpose
     if len(tokens) < length:
         raise ProfileError(f"{what} has {len(tokens)} tokens; expected at least one window of {length}.")

@@ -52,14 +52,15 @@ def measure_sensitivities(
     Args:
         model: the stock model; unchanged when this returns.
         layers: what to perturb.
-        tokens: ``(windows, length)`` int64.
+        tokens: ``(windows, length)`` int64, at least two windows; cut into groups of nearly equal size.
         noise: relative size of the perturbation, |dW| / |W|.
         windows_per_group: windows that share a noise draw and are in memory together.
 
     Raises:
         ProfileError: a KL divergence is not finite.
     """
-    groups = tokens.split(windows_per_group)
+    count = max(2, -(-len(tokens) // windows_per_group))  # two groups at least: a standard error needs them
+    groups = tokens.tensor_split(count)
     blockwise = BlockwiseModel(model)
     rows = len(groups) * len(layers)
     with progress("sensitivity", rows, done=journal.count("sensitivity")) as advance:
@@ -83,8 +84,8 @@ def measure_sensitivities(
 
 def _estimate(layer: LayerInfo, groups: int, noise: float, journal: Journal) -> Sensitivity:
     values = np.array([journal["sensitivity", layer.name, index] for index in range(groups)]) / noise**2
-    error = float(values.std(ddof=1) / np.sqrt(groups)) if groups > 1 else 0.0
-    return Sensitivity(max(0.0, float(values.mean())), error)
+    # A KL divergence is not negative; rounding can make a tiny one so.
+    return Sensitivity(max(0.0, float(values.mean())), float(values.std(ddof=1) / np.sqrt(groups)))
 
 
 class _perturbed:  # noqa: N801 (a context manager, used as a verb)

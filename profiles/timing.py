@@ -1,7 +1,8 @@
 """How long a call takes: one interface for every device, so that rows of a latency table mean the same.
 
-A timer warms up, then measures single calls and gives their median and spread. Weights are read cold, as in a model
-that runs layer after layer: before each call the timer drives them out of the cache.
+A timer warms up, then measures single calls and gives their median and spread. Before each call it writes a buffer that
+drives the weights out of a GPU's second-level cache, or out of a CPU core's own caches (not out of a large shared one),
+as a model does that runs layer after layer.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Timer(ABC):
 
 
 class CpuTimer(Timer):
-    """Wall-clock time of a call; a pass over a buffer larger than the usual last-level slice precedes it."""
+    """Wall-clock time of a call; a pass over a buffer larger than a core's own caches precedes it."""
 
     _EVICTION_BYTES = 8 << 20
 

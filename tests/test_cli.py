@@ -61,7 +61,7 @@ def test_the_main_job(msq, profile, tiny_llama, tmp_path):
 
 def test_plan_shows_a_map_and_its_proof(msq, profile):
     code, out, _ = msq("plan", "--profile", profile, "--budget", "latency=1s", "--budget", "memory=5bpw")
-    assert code == 0 and "block" in out and "bits per weight" in out and "above the best possible" in out
+    assert code == 0 and "block" in out and "bits per weight" in out and "proven gap" in out
 
 
 def test_frontier_and_compare_write_tables(msq, profile, tmp_path):
@@ -123,6 +123,7 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--device", "cuda:99"], "CUDA"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--state-bits", "30"], "trellis"),
         (["profile", "{p}", "--out", "{t}/p"], "config.json"),
+        (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--solvers", ""], "at least one solver"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(msq, profile, tmp_path, arguments, message):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -70,6 +70,7 @@ def apply_plan(model_dir: Path, plan: Plan, out: Path, *, device: str = "cpu") -
     where = choose_device(device)
     info = inventory(model_dir, name=plan.model.name)
     _check_model(plan, info, model_dir)
+    out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; choose another --out, or remove it.")
     draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
@@ -79,8 +80,10 @@ def apply_plan(model_dir: Path, plan: Plan, out: Path, *, device: str = "cpu") -
         if out.exists():
             out.rmdir()
         draft.rename(out)
-    except OSError as cause:
-        raise CheckpointError(f"can't write the checkpoint {out}: {cause.strerror or cause}.") from cause
+    except (OSError, SafetensorError) as cause:
+        raise CheckpointError(
+            f"can't write the checkpoint {out}: {getattr(cause, 'strerror', None) or cause}."
+        ) from cause
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return applied
@@ -155,7 +158,12 @@ def _unplanned(model_dir: Path, info: ModelInventory) -> Iterator[tuple[str, Ten
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if name not in planned:
-                    yield name, file.get_tensor(name)
+                    tensor = file.get_tensor(name)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise CheckpointError(
+                            f"'{name}' in {path} holds NaN or infinite numbers; the model is corrupt."
+                        )
+                    yield name, tensor
 
 
 def _weight_files(model_dir: Path) -> list[Path]:

@@ -25,6 +25,10 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int
     tokens = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
     count = tokens["input_ids"].shape[1]
     longest = untyped.config.max_position_embeddings
+    if max_tokens >= longest:
+        raise CheckpointError(
+            f"expected to add fewer tokens than the {longest} that the model reads; got {max_tokens}."
+        )
     if not count or count + max_tokens > longest:
         raise CheckpointError(
             f"expected a prompt of 1 to {longest - max_tokens} tokens ({longest} less {max_tokens} to add); "

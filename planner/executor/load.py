@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...kernels.errors import QuantizerError
 from ...kernels.linear import IMPLEMENTATIONS, FusedLinear
 from ...kernels.quantize import QuantizedWeight, from_tensors
-from ...profiles.models import choose_device
+from ...profiles.models import choose_device, load_config
 from .errors import CheckpointError
 from .manifest import QuantizationConfig, parse_quantization_config, read_manifest
 
@@ -31,14 +31,14 @@ def load_checkpoint(directory: Path, *, device: str = "cpu", fused: bool = True)
     Raises:
         CheckpointError: no checkpoint, a changed or truncated file, or tensors that don't fit the config.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     target = choose_device(device)
-    read_manifest(directory)
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    manifest = read_manifest(directory)
+    config = load_config(directory)
     quantization = parse_quantization_config(getattr(config, "quantization_config", None), f"{directory}/config.json")
     del config.quantization_config
-    tensors = _read_tensors(directory)
+    tensors = read_tensors([directory / name for name in sorted(manifest.files) if name.endswith(".safetensors")])
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     rest = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in quantization.layers}
@@ -66,8 +66,6 @@ def quantized_weights(quantization: QuantizationConfig, tensors: Mapping[str, Te
             )
         except QuantizerError as cause:
             raise CheckpointError(f"{name}: {cause} Apply the plan again.") from cause
-        if not torch.isfinite(weights[name].scales).all():
-            raise CheckpointError(f"{name}: the row scales hold NaN or infinity; apply the plan again.")
     return weights
 
 
@@ -103,16 +101,25 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, module)
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
-    """All tensors of the checkpoint's safetensors files."""
+def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of a checkpoint's safetensors files.
+
+    Raises:
+        CheckpointError: a file is damaged, holds a name that another one has, or NaN or infinite numbers.
+    """
     tensors: dict[str, Tensor] = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if name in tensors:
+                        raise CheckpointError(f"'{name}' is in {path} and in another file; apply the plan again.")
                     tensors[name] = file.get_tensor(name)
         except (SafetensorError, OSError) as cause:
             raise CheckpointError(f"{path} is not a whole safetensors file ({cause}); apply the plan again.") from cause
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"'{name}' holds NaN or infinite numbers; apply the plan again.")
     return tensors
 
 

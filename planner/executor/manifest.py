@@ -134,6 +134,11 @@ def read_manifest(directory: Path) -> CheckpointManifest:
         manifest = CheckpointManifest.model_validate(value)
     except ValidationError as cause:
         raise CheckpointError(validation_sentence(cause, where)) from cause
+    loose = {path.name for path in directory.glob("*.safetensors")} | {"config.json"}
+    if extra := sorted(loose - manifest.files.keys()):
+        raise CheckpointError(
+            f"{directory / extra[0]} is not listed in {MANIFEST_FILE}; remove it or apply the plan again."
+        )
     for name, digest in manifest.files.items():
         if Path(name).name != name or not (directory / name).is_file():
             raise CheckpointError(f"{directory} lacks {name}, which its {MANIFEST_FILE} lists; apply the plan again.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 from ..plan import Plan
@@ -13,13 +14,13 @@ def model_card(plan: Plan) -> str:
     rows = "\n".join(f"| {label} | {count} |" for label, count in sorted(counts.items()))
     budgets = ", ".join(f"`{budget.text}`" for budget in plan.budgets)
     return f"""---
-base_model: {plan.model.name}
+base_model: {json.dumps(plan.model.name)}
 library_name: msq
 tags: [msq, quantized]
 ---
 # {plan.model.name}, mixed-scheme quantized
 
-Made by [msq](https://pypi.org/project/msq/) {plan.msq_version} for the budget {budgets}: the planned layers take
+Made by msq {plan.msq_version} for the budget {budgets}: the planned layers take
 {plan.promised.memory_bytes} bytes, {plan.promised.bits_per_weight:.3f} bits per weight. `plan.yaml` has every layer's
 quantizer and what was promised; `msq.yaml` has a digest of each file.
 

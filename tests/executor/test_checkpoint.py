@@ -16,7 +16,7 @@ from msq.planner.errors import PlanError
 from msq.planner.executor.apply import apply_plan, write_shards
 from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.generate import generate_text
-from msq.planner.executor.load import _read_tensors, load_checkpoint, quantized_weights
+from msq.planner.executor.load import load_checkpoint, quantized_weights, read_tensors
 from msq.planner.executor.manifest import parse_quantization_config
 from msq.planner.plan import Plan, load_plan
 from msq.planner.solve import make_plan
@@ -24,7 +24,7 @@ from msq.profiles.inventory import inventory
 from msq.profiles.job import ProfileSettings, run_profile
 from msq.profiles.models import choose_device, load_model, load_tokenizer
 from msq.profiles.quantizer_errors import read_weight
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 SPECS = (
     QuantizerSpec(Family.NUQ, 2),
@@ -63,7 +63,9 @@ def test_promised_bytes_are_the_bytes_on_disk_and_in_memory(built):
 def test_loaded_weights_equal_the_encoded_ones_bit_for_bit(built):
     model_dir, plan, checkpoint = built
     config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
-    weights = quantized_weights(parse_quantization_config(config, "config.json"), _read_tensors(checkpoint))
+    weights = quantized_weights(
+        parse_quantization_config(config, "config.json"), read_tensors([checkpoint / "model.safetensors"])
+    )
     entries = {entry.layer: entry for entry in plan.layers}
     for layer in inventory(model_dir).layers:
         spec = plan.spec(entries[layer.name].quantizer)
@@ -138,6 +140,21 @@ def test_a_truncated_file_is_refused(copy):
         load_checkpoint(copy)
 
 
+def test_a_weights_file_that_the_manifest_does_not_list_is_refused(copy):
+    save_file({"model.norm.weight": torch.zeros(64)}, copy / "z.safetensors")
+    with pytest.raises(CheckpointError, match=r"z\.safetensors is not listed"):
+        load_checkpoint(copy)
+
+
+def test_tensors_that_are_not_finite_or_named_twice_are_refused(tmp_path):
+    save_file({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "a.safetensors")
+    save_file({"b": torch.ones(2)}, tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="'a' holds NaN"):
+        read_tensors([tmp_path / "a.safetensors"])
+    with pytest.raises(CheckpointError, match="'b' is in"):
+        read_tensors([tmp_path / "b.safetensors"] * 2)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "plan.yaml", "tokenizer.json"])
 def test_a_missing_file_is_named(copy, name):
     (copy / name).unlink()
@@ -176,4 +193,6 @@ def test_large_models_are_written_in_shards_that_load_as_one(tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 5 * 256 and set(index["weight_map"]) == set(tensors)
-    assert all(torch.equal(t, tensors[name]) for name, t in _read_tensors(tmp_path).items())
+    assert all(
+        torch.equal(t, tensors[name]) for name, t in read_tensors(sorted(tmp_path.glob("*.safetensors"))).items()
+    )

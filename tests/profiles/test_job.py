@@ -156,7 +156,7 @@ def test_a_model_with_a_bad_weight_is_refused(tiny_llama, tmp_path, value):
     ("changes", "message"),
     [
         ({"noise": 0.0}, "noise between 0 and 1"),
-        ({"tokens": 8}, "at least one window"),
+        ({"tokens": 8}, "at least two windows"),
         ({"specs": ()}, "at least one quantizer"),
         ({"batch_sizes": (1, 1)}, "distinct batch sizes"),
         ({"method": LossMethod.CALIBRATION_KL}, "calibration needs a text"),

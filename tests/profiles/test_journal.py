@@ -41,3 +41,15 @@ def test_another_job_is_refused_by_name_of_what_differs(tmp_path):
     path.write_text("something else\nand more\n")
     with pytest.raises(ProfileError, match="not a profiling journal"):
         Journal(path, JOB)
+
+
+def test_two_processes_do_not_share_a_journal(tmp_path):
+    with Journal(tmp_path / "rows", JOB), pytest.raises(ProfileError, match="another msq profile"):
+        Journal(tmp_path / "rows", JOB)
+
+
+def test_restart_drops_the_rows(tmp_path):
+    with Journal(tmp_path / "rows", JOB) as journal:
+        journal.add(("row", 0), 1.0)
+    with Journal(tmp_path / "rows", {**JOB, "seed": 5}, restart=True) as journal:
+        assert journal.count("row") == 0

@@ -13,6 +13,7 @@ _BACKENDS: dict[str, str] = {
     "uniform": "uniform:UniformSolver",
     "water_filling": "water_filling:WaterFillingSolver",
     "lagrangian": "lagrangian:LagrangianSolver",
+    "exact": "exact:ExactSolver",
     "scip": "scip:ScipSolver",
 }
 """Name to ``module:Class`` inside this package, roughly from simple to exact."""

@@ -1,0 +1,54 @@
+"""Leave out alternatives that another one beats in loss and in every resource.
+
+Exact for one resource and for short lists. Of a long list with several resources only alternatives that agree in
+all resources but one are compared: some that are beaten stay.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .structure import Floats, Integers
+
+PAIRWISE = 192
+"""Longest list of which all pairs are compared."""
+
+
+def undominated(loss: Floats, usage: Floats) -> Integers:
+    """Positions of the alternatives that no other beats or equals, ascending; of equal ones the first stays.
+
+    Args:
+        loss: (alternatives,).
+        usage: (resources, alternatives). Put resources that take few different values first.
+    """
+    if loss.size <= 1:
+        return np.arange(loss.size)
+    if usage.shape[0] > 1 and loss.size <= PAIRWISE:
+        return _pairwise(loss, usage)
+    return _by_runs(loss, usage)
+
+
+def _pairwise(loss: Floats, usage: Floats) -> Integers:
+    values = np.vstack((loss, usage))
+    no_worse = (values[:, :, None] <= values[:, None, :]).all(axis=0)
+    earlier = np.arange(loss.size)[:, None] < np.arange(loss.size)
+    beaten = no_worse & (~no_worse.T | earlier)
+    return np.flatnonzero(~beaten.any(axis=0))
+
+
+def _by_runs(loss: Floats, usage: Floats) -> Integers:
+    """Sort by all resources, the last one fastest; in runs of equal others, keep what lowers the least loss."""
+    order = np.lexsort((loss, *usage[::-1]))
+    rank = np.empty(loss.size, dtype=np.int64)
+    rank[np.argsort(loss[order], kind="stable")] = np.arange(loss.size)
+    if usage.shape[0] == 1:
+        run = np.zeros(loss.size, dtype=np.int64)
+    else:
+        others = usage[:-1, order]
+        run = np.concatenate(([0], np.cumsum((np.diff(others, axis=1) != 0).any(axis=0))))
+    # ranks, so that equal losses differ, lowered from run to run, so that one running minimum serves all runs
+    key = rank - run * loss.size
+    least = np.minimum.accumulate(key)
+    kept = np.ones(loss.size, dtype=bool)
+    kept[1:] = key[1:] < least[:-1]
+    return np.sort(order[kept])

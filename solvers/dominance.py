@@ -1,7 +1,8 @@
 """Leave out alternatives that another one beats in loss and in every resource.
 
-Exact for one resource and for short lists. Of a long list with several resources only alternatives that agree in
-all resources but one are compared: some that are beaten stay.
+Exact for one resource and for short lists. In a long list with several resources an alternative is compared with
+those that agree in all resources but one, and with the best of those that are in smaller cells of a grid in every
+resource: some that are beaten stay.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from .structure import Floats, Integers
 
 PAIRWISE = 192
 """Longest list of which all pairs are compared."""
+CELLS_PER_ALTERNATIVE = 4.0
+"""Cells of the grid: more tell alternatives better apart and cost more to walk."""
 
 
 def undominated(loss: Floats, usage: Floats) -> Integers:
@@ -25,7 +28,10 @@ def undominated(loss: Floats, usage: Floats) -> Integers:
         return np.arange(loss.size)
     if usage.shape[0] > 1 and loss.size <= PAIRWISE:
         return _pairwise(loss, usage)
-    return _by_runs(loss, usage)
+    if usage.shape[0] == 1:
+        return _by_runs(loss, usage)
+    kept = _by_grid(loss, usage)
+    return kept[_by_runs(loss[kept], usage[:, kept])]
 
 
 def _pairwise(loss: Floats, usage: Floats) -> Integers:
@@ -52,3 +58,22 @@ def _by_runs(loss: Floats, usage: Floats) -> Integers:
     kept = np.ones(loss.size, dtype=bool)
     kept[1:] = key[1:] < least[:-1]
     return np.sort(order[kept])
+
+
+def _by_grid(loss: Floats, usage: Floats) -> Integers:
+    """Drop what is no better than the least loss of all cells that are smaller in every resource."""
+    resources = usage.shape[0]
+    side = max(2, int((CELLS_PER_ALTERNATIVE * loss.size) ** (1 / resources)))
+    low, extent = usage.min(axis=1), np.ptp(usage, axis=1)
+    scale = side / np.where(extent > 0, extent, 1.0)
+    cell = np.minimum((usage - low[:, None]) * scale[:, None], side - 1).astype(np.int64)
+    flat = np.ravel_multi_index(tuple(cell), (side,) * resources)
+    least = np.full(side**resources, np.inf)
+    np.minimum.at(least, flat, loss)
+    grid = least.reshape((side,) * resources)
+    for axis in range(resources):
+        np.minimum.accumulate(grid, axis=axis, out=grid)
+    # one cell of infinities before the first, so that each looks at the cells strictly below its own
+    padded = np.full((side + 1,) * resources, np.inf)
+    padded[(slice(1, None),) * resources] = grid
+    return np.flatnonzero(padded[tuple(cell)] > loss)

@@ -28,9 +28,10 @@ from .residual import solve_residual
 from .solution import Limit, Stats, relative_gap
 from .structure import Floats, Integers
 
-FIRST_COLUMNS = 200
+FIRST_COLUMNS = 60
 """Columns above the best ones at which delta starts."""
-GROWTH = 2.0
+GROWTH, LAST_GROWTH = 2.0, 2.5
+"""Delta is multiplied by the first, or set to the whole gap if that takes no more than the second."""
 SMALL, LARGE = 30_000, 400_000
 """Partial plans in each half of the programme: what is always tried, and what is tried for the asked gap."""
 CONFIGURATIONS = 20_000
@@ -72,6 +73,7 @@ class _Proof:
         self.lower_bound = max(value, dual.value)
         self.deviations = column_deviations(problem.structure, self.cost)
         self.best = _Best()
+        self.delta = self._first_delta()
         self.stats: Stats = {"evaluations": dual.evaluations, "dual_bound": self.lower_bound}
         for plan in dual.plans:
             self._offer(plan)
@@ -79,12 +81,11 @@ class _Proof:
             self._offer(options.warm_start)
 
     def run(self) -> Answer:
-        """Small programme, local search where it found no plan, large programme, residual."""
+        """Small programme, local search, large programme, residual."""
         goal = self.options.rel_gap
         finished = self._grow(SMALL, PROOF_TOLERANCE / 10)
         if not finished and self._gap() > goal:
-            if self.best.columns is None:
-                self._offer(relax_and_repair(self.problem, self.options).columns)
+            self._offer(relax_and_repair(self.problem, self.options).columns)
             finished = self._grow(LARGE, goal)
         infeasible = False
         if not finished and self._gap() > goal and not self.options.clock.over:
@@ -122,7 +123,7 @@ class _Proof:
             whether it is: False when the programme exceeds `limit`, or time is over. Without a plan, True says
             that there is none.
         """
-        delta = self._first_delta()
+        delta = self._capped(self.delta)
         rounds = int(self.stats.get("rounds", 0))
         most = float(self.deviations[np.isfinite(self.deviations)].sum()) * 2
         while self._gap() > goal:
@@ -135,7 +136,7 @@ class _Proof:
             found = search(
                 self.problem, near, self.multipliers, delta, limit=limit, clock=self.options.clock
             )
-            before = self.best.loss
+            before, self.delta = self.best.loss, delta
             self._offer(found.columns)
             self.stats |= {"rounds": rounds, "delta": delta, "configurations": near.count}
             self.stats |= {"states": found.states, "pairs": found.pairs}
@@ -143,21 +144,26 @@ class _Proof:
                 self.lower_bound = max(self.lower_bound, min(self.dual + delta, self.best.loss))
                 if delta >= most and self.best.columns is None:
                     return True
-                delta = delta * GROWTH
-            elif self.best.loss >= before or self.best.loss - self.dual >= delta * 0.99:
+                delta = self._capped(delta * GROWTH)
+            elif not self.best.loss < before or self._capped(delta) > delta * 0.99:
                 return False
-            delta = max(min(delta, self.best.loss - self.dual), 0.0)
+            else:
+                delta = self._capped(delta)
         return True
 
+    def _capped(self, delta: float) -> float:
+        """Delta, or the whole gap where that is not much larger."""
+        gap = max(self.best.loss - self.dual, 0.0)
+        return gap if gap <= delta * LAST_GROWTH / GROWTH else delta
+
     def _first_delta(self) -> float:
-        """Delta at which few columns beyond the best ones come into play, or what is proven, or the whole gap."""
+        """Delta at which few columns beyond the best ones come into play."""
         positive = self.deviations[(self.deviations > 0) & np.isfinite(self.deviations)]
         if positive.size > FIRST_COLUMNS:
             least = float(np.partition(positive, FIRST_COLUMNS)[FIRST_COLUMNS])
         else:
             least = float(positive.max(initial=0.0))
-        least = max(least, self.lower_bound - self.dual, abs(self.dual) * 1e-12)
-        return min(least, max(self.best.loss - self.dual, 0.0))
+        return max(least, self.lower_bound - self.dual, abs(self.dual) * 1e-12, np.finfo(np.float64).tiny)
 
     def _residual(self) -> bool:
         """Hand what is left to a mixed-integer solver; True if it proves that there is no plan."""

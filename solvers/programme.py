@@ -23,6 +23,7 @@ from .configurations import Configurations
 from .dominance import undominated
 from .join import best_pair
 from .problem import Problem
+from .reach import fits
 from .structure import Floats, Integers
 
 SLACK = 1e-9
@@ -102,14 +103,14 @@ class _Alternatives:
     order: Integers
 
     @classmethod
-    def build(cls, configurations: Configurations, groups: int) -> _Alternatives:
+    def build(cls, configurations: Configurations, groups: int, resources: Integers) -> _Alternatives:
         start = np.searchsorted(configurations.group, np.arange(groups + 1))
         base = start[:-1]
         own = base[configurations.group]
         loss = configurations.loss - configurations.loss[own]
-        usage = configurations.usage - configurations.usage[:, own]
-        order = np.argsort([np.unique(use).size for use in usage], kind="stable")
-        usage = usage[order]
+        usage = configurations.usage[resources] - configurations.usage[np.ix_(resources, own)]
+        few_first = np.argsort([np.unique(use).size for use in usage], kind="stable")
+        order, usage = resources[few_first], usage[few_first]
         members = []
         for group in np.flatnonzero(np.diff(start) > 1).tolist():
             first, last = int(start[group]), int(start[group + 1])
@@ -180,6 +181,9 @@ def search(
 ) -> Found:
     """Find the best plan whose deviations sum to at most `delta`.
 
+    A resource without a price is left aside at first: the programme is much smaller with one resource less, and
+    when the plan it finds meets that cap as well, nothing is lost.
+
     Args:
         problem: supplies caps and groups.
         configurations: all of deviation up to delta; when it isn't complete, nor is the answer.
@@ -188,12 +192,31 @@ def search(
         limit: most partial plans in each half; of more, those of least deviation stay.
         clock: the search gives up when its limit has passed.
     """
-    alternatives = _Alternatives.build(configurations, problem.groups)
+    everything = np.arange(problem.resources)
+    priced = np.flatnonzero(multipliers > 0)
+    if 0 < priced.size < problem.resources:
+        found = _search(problem, configurations, multipliers, delta, priced, limit, clock)
+        if found.complete and (found.columns is None or fits(problem, found.columns)):
+            return found
+    return _search(problem, configurations, multipliers, delta, everything, limit, clock)
+
+
+def _search(
+    problem: Problem,
+    configurations: Configurations,
+    multipliers: Floats,
+    delta: float,
+    resources: Integers,
+    limit: int,
+    clock: Clock,
+) -> Found:
+    """`search` with some of the resources."""
+    alternatives = _Alternatives.build(configurations, problem.groups, resources)
     order = alternatives.order
     rounding = 0.5e-12 * np.abs(problem.caps)
     room = (problem.room + rounding - configurations.usage[:, alternatives.base].sum(axis=1))[order]
     prices = _Prices.build(alternatives, room, multipliers[order], delta)
-    halves = (Half.start(problem.resources), Half.start(problem.resources))
+    halves = (Half.start(order.size), Half.start(order.size))
     spent = np.zeros((2, prices.slack.size))
     complete = configurations.complete
     for position, members in enumerate(alternatives.members):

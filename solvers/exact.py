@@ -166,16 +166,22 @@ class _Proof:
         return max(least, self.lower_bound - self.dual, abs(self.dual) * 1e-12, np.finfo(np.float64).tiny)
 
     def _residual(self) -> bool:
-        """Hand what is left to a mixed-integer solver; True if it proves that there is no plan."""
+        """Hand what is left to a mixed-integer solver; True if it proves that there is no plan.
+
+        Columns that were fixed cost at least the gap, so its bound holds up to the best plan's loss.
+        """
         found = solve_residual(
             self.problem,
             self.deviations,
             self.cost,
-            self.best.columns,
+            self.multipliers,
             self.best.loss - self.dual,
             self.options,
         )
         self.stats |= found.stats
         self._offer(found.columns)
-        self.lower_bound = max(self.lower_bound, self.dual + found.bound)
-        return found.infeasible and self.best.columns is None
+        if found.infeasible and self.best.columns is None:
+            return True
+        bound = self.best.loss if found.infeasible else self.dual + found.bound
+        self.lower_bound = max(self.lower_bound, min(bound, self.best.loss))
+        return False

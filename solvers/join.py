@@ -19,6 +19,8 @@ from .clock import Clock
 from .structure import Floats, Integers, ranges
 
 LAYERS = 24
+HAIR = 1e-9
+"""Relative width added to windows."""
 CHUNK = 1 << 21
 """Pairs looked at in one step."""
 
@@ -101,10 +103,14 @@ class _Windows:
         usage = self.second.usage[:, states]
         width, cells, origin = self._grid(usage[self.cell], least)
         low, extent = float(usage[self.line].min()), float(np.ptp(usage[self.line]))
-        scale = 0.5 / extent if extent > 0 else 0.0
-        # cell and place on the line in one number; places are in [0, 0.5], and windows are widened by rounding
+
+        def place(use: Floats) -> Floats:
+            """Where a use lies on the line, in [0, 0.5] for this layer's; below or above that for others."""
+            return np.clip((use - low) * (0.5 / extent), -0.25, 0.75) if extent > np.finfo(np.float64).tiny else np.zeros(use.size)
+
+        # cell and place on the line in one number
         cell = np.minimum(np.floor((usage[self.cell] - origin) / width), cells - 1)
-        key = cell + (usage[self.line] - low) * scale
+        key = cell + place(usage[self.line])
         order = np.argsort(key, kind="stable")
         key, states = key[order], states[order]
 
@@ -112,10 +118,11 @@ class _Windows:
         spare = self.delta - least - self.first.deviation[chosen]
         top = self.room[:, None] - self.first.usage[:, chosen]
         bottom = self._bottom(top, spare)
-        from_cell = np.clip(np.floor((bottom[self.cell] - origin) / width), 0, cells)
-        to_cell = np.clip(np.floor((top[self.cell] - origin) / width), -1, cells - 1)
-        from_place = np.clip((bottom[self.line] - low) * scale - 1e-9, 0.0, 0.75)
-        to_place = np.clip((top[self.line] - low) * scale + 1e-9, -0.25, 0.75)
+        # windows are a hair wider than they need be, against rounding; `_look` is exact
+        from_cell = np.clip(np.floor((bottom[self.cell] - origin) / width - HAIR), 0, cells - 1)
+        to_cell = np.clip(np.floor((top[self.cell] - origin) / width + HAIR), -1, cells - 1)
+        from_place = np.maximum(place(bottom[self.line]) - HAIR, 0.0)
+        to_place = place(top[self.line]) + HAIR
         steps = np.maximum(to_cell - from_cell + 1, 0).astype(np.int64)
         steps[from_place > to_place] = 0
         rows = np.repeat(chosen, steps)
@@ -138,7 +145,7 @@ class _Windows:
         """Least use that leaves not too much unused; (resources, partial plans)."""
         with np.errstate(divide="ignore", invalid="ignore"):
             unused = np.where(self.prices[:, None] > 0, np.maximum(spare, 0.0) / self.prices[:, None], np.inf)
-        return np.asarray(top - unused * (1 + 1e-9))
+        return np.asarray(top - unused)
 
     def _chunks(self, rows: Integers, start: Integers, lengths: Integers, states: Integers, clock: Clock) -> bool:
         """Look at the pairs of row i with the places [start, start + length) of `states`."""

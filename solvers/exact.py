@@ -30,8 +30,12 @@ from .structure import Floats, Integers
 
 FIRST_COLUMNS = 60
 """Columns above the best ones at which delta starts."""
-GROWTH, LAST_GROWTH = 2.0, 2.5
-"""Delta is multiplied by the first, or set to the whole gap if that takes no more than the second."""
+GROWTH = 2.0
+"""Factor of delta from round to round; its square with one resource, whose programme grows slowly."""
+LAST_STEP = 1.25
+"""Delta is set to the whole gap if that takes no more than this factor."""
+MAX_RESIDUAL = 5_000
+"""Most columns of the residual: HiGHS doesn't stop near its time limit in the presolve of much larger ones."""
 SMALL, LARGE = 30_000, 400_000
 """Partial plans in each half of the programme: what is always tried, and what is tried for the asked gap."""
 CONFIGURATIONS = 20_000
@@ -74,6 +78,7 @@ class _Proof:
         self.deviations = column_deviations(problem.structure, self.cost)
         self.best = _Best()
         self.delta = self._first_delta()
+        self.growth = GROWTH if np.count_nonzero(dual.multipliers) > 1 else GROWTH**2
         self.stats: Stats = {"evaluations": dual.evaluations, "dual_bound": self.lower_bound}
         for plan in dual.plans:
             self._offer(plan)
@@ -144,7 +149,7 @@ class _Proof:
                 self.lower_bound = max(self.lower_bound, min(self.dual + delta, self.best.loss))
                 if delta >= most and self.best.columns is None:
                     return True
-                delta = self._capped(delta * GROWTH)
+                delta = self._capped(delta * self.growth)
             elif not self.best.loss < before or self._capped(delta) > delta * 0.99:
                 return False
             else:
@@ -154,7 +159,7 @@ class _Proof:
     def _capped(self, delta: float) -> float:
         """Delta, or the whole gap where that is not much larger."""
         gap = max(self.best.loss - self.dual, 0.0)
-        return gap if gap <= delta * LAST_GROWTH / GROWTH else delta
+        return gap if gap <= delta * LAST_STEP else delta
 
     def _first_delta(self) -> float:
         """Delta at which few columns beyond the best ones come into play."""
@@ -170,6 +175,10 @@ class _Proof:
 
         Columns that were fixed cost at least the gap, so its bound holds up to the best plan's loss.
         """
+        kept = int(np.count_nonzero(self.deviations <= self.best.loss - self.dual))
+        if kept > MAX_RESIDUAL:
+            self.stats["residual_skipped"] = kept
+            return False
         found = solve_residual(
             self.problem,
             self.deviations,

@@ -153,7 +153,8 @@ class _Prices:
             return float(least.sum()) - float(prices @ room) + own, least
 
         found, least, slack = [], [], []
-        for resource in np.flatnonzero(multipliers > 0).tolist():
+        # with one resource a partial plan is hardly ever cut off by its price: dominance leaves a staircase
+        for resource in np.flatnonzero(multipliers > 0).tolist() if multipliers.size > 1 else []:
             for sign in (1.0, -1.0):
                 step = 0.5
                 for _ in range(24):

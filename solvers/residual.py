@@ -16,6 +16,7 @@ import numpy as np
 from .base import Options
 from .cover import cover_rows
 from .problem import Problem
+from .quiet import quiet_stdout
 from .solution import Stats
 from .structure import Floats, Integers
 
@@ -74,17 +75,16 @@ def solve_residual(
     unit = (gap if math.isfinite(gap) and gap > 0 else max(float(np.abs(loss).max()), 1e-300)) / SCALE
     size = np.maximum(np.abs(usage).max(axis=1), np.finfo(np.float64).tiny)
     cover, layers = cover_rows(problem, columns)
-    result = milp(
-        loss / unit,
-        integrality=np.ones(columns.size),
-        bounds=Bounds(0.0, 1.0),
-        constraints=LinearConstraint(
-            vstack((usage / size[:, None], cover)),
-            np.concatenate((np.full(problem.resources, -np.inf), np.ones(layers))),
-            np.concatenate((room / size, np.ones(layers))),
-        ),
-        options={"time_limit": _seconds(options), "mip_rel_gap": 0.0},
+    rows = LinearConstraint(
+        vstack((usage / size[:, None], cover)),
+        np.concatenate((np.full(problem.resources, -np.inf), np.ones(layers))),
+        np.concatenate((room / size, np.ones(layers))),
     )
+    limits = {"time_limit": _seconds(options), "mip_rel_gap": 0.0}
+    with quiet_stdout():
+        result = milp(
+            loss / unit, integrality=np.ones(columns.size), bounds=Bounds(0.0, 1.0), constraints=rows, options=limits
+        )
     stats: Stats = {"residual_columns": int(columns.size), "residual_status": str(result.message)}
     plan = None if result.x is None else columns[np.flatnonzero(result.x > 0.5)]
     bound = result.get("mip_dual_bound")

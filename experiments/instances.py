@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,15 +142,10 @@ def generate(
 def large_instances() -> Iterator[Instance]:
     """Models with up to 2.7 million columns."""
     for name, groups, blocks in (("llama-405b", LLAMA_405B, 126), ("deepseek-v3", DEEPSEEK_V3, 58)):
+        model = partial(generate, groups, blocks)
         for bits in (2.5, 3.25):
-            yield Instance(
-                f"{name} memory={bits}bpw",
-                lambda groups=groups, blocks=blocks, bits=bits: generate(groups, blocks, bits_per_weight=bits),
-            )
-        yield Instance(
-            f"{name} memory=3.25bpw latency=0.8",
-            lambda groups=groups, blocks=blocks: generate(groups, blocks, bits_per_weight=3.25, latency=0.8),
-        )
+            yield Instance(f"{name} memory={bits}bpw", partial(model, bits_per_weight=bits))
+        yield Instance(f"{name} memory=3.25bpw latency=0.8", partial(model, bits_per_weight=3.25, latency=0.8))
 
 
 _SELECTIONS: dict[str, dict[str, object]] = {

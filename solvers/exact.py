@@ -26,7 +26,7 @@ from .programme import search
 from .reach import fits
 from .residual import solve_residual
 from .solution import Limit, Stats, relative_gap
-from .structure import Floats, Integers
+from .structure import Integers
 
 FIRST_COLUMNS = 60
 """Columns above the best ones at which delta starts."""
@@ -135,12 +135,8 @@ class _Proof:
             if self.options.clock.over:
                 return False
             rounds += 1
-            near = enumerate_configurations(
-                self.problem, self.cost, delta, limit=self.problem.groups + CONFIGURATIONS
-            )
-            found = search(
-                self.problem, near, self.multipliers, delta, limit=limit, clock=self.options.clock
-            )
+            near = enumerate_configurations(self.problem, self.cost, delta, limit=self.problem.groups + CONFIGURATIONS)
+            found = search(self.problem, near, self.multipliers, delta, limit=limit, clock=self.options.clock)
             before, self.delta = self.best.loss, delta
             self._offer(found.columns)
             self.stats |= {"rounds": rounds, "delta": delta, "configurations": near.count}

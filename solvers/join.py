@@ -106,7 +106,11 @@ class _Windows:
 
         def place(use: Floats) -> Floats:
             """Where a use lies on the line, in [0, 0.5] for this layer's; below or above that for others."""
-            return np.clip((use - low) * (0.5 / extent), -0.25, 0.75) if extent > np.finfo(np.float64).tiny else np.zeros(use.size)
+            return (
+                np.clip((use - low) * (0.5 / extent), -0.25, 0.75)
+                if extent > np.finfo(np.float64).tiny
+                else np.zeros(use.size)
+            )
 
         # cell and place on the line in one number
         cell = np.minimum(np.floor((usage[self.cell] - origin) / width), cells - 1)

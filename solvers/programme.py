@@ -168,7 +168,9 @@ class _Prices:
                 least.append(each)
                 slack.append(delta * (1 + SLACK) - theta)
         shape = (len(found), multipliers.size)
-        return cls(np.reshape(found, shape), np.reshape(least, (len(found), len(alternatives.members))), np.array(slack))
+        return cls(
+            np.reshape(found, shape), np.reshape(least, (len(found), len(alternatives.members))), np.array(slack)
+        )
 
 
 def search(

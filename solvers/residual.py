@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .base import Options
-from .cover import cover_rows
 from .problem import Problem
 from .quiet import quiet_stdout
+from .rows import cover_rows
 from .solution import Stats
 from .structure import Floats, Integers
 
@@ -74,7 +74,8 @@ def solve_residual(
     above = float(multipliers @ room)
     unit = (gap if math.isfinite(gap) and gap > 0 else max(float(np.abs(loss).max()), 1e-300)) / SCALE
     size = np.maximum(np.abs(usage).max(axis=1), np.finfo(np.float64).tiny)
-    cover, layers = cover_rows(problem, columns)
+    cover = cover_rows(problem, columns)
+    layers = cover.shape[0]
     rows = LinearConstraint(
         vstack((usage / size[:, None], cover)),
         np.concatenate((np.full(problem.resources, -np.inf), np.ones(layers))),

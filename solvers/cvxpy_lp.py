@@ -17,9 +17,8 @@ from .cvxpy_milp import constraints, mixed_integer_engine
 from .dual import priced
 from .errors import SolverError
 from .greedy_moves import fill, repair
-from .libraries import load_cvxpy
+from .libraries import load_cvxpy, quiet_cvxpy
 from .problem import Problem
-from .quiet import quiet_stdout
 from .reach import fits, reachable
 from .rows import build_rows, loss_unit
 from .solution import Limit
@@ -78,7 +77,7 @@ def _relax(problem: Problem, options: Options) -> tuple[Floats, Floats | None, s
     limit: dict[str, Any] = {"time_limit": seconds}
     settings = {"scipy_options": {"method": "highs", **limit}} if engine == "SCIPY" else limit
     try:
-        with quiet_stdout():
+        with quiet_cvxpy():
             model.solve(solver=engine, **settings)
     except cvxpy.error.SolverError as cause:
         if options.clock.over:

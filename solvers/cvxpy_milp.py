@@ -13,9 +13,8 @@ import numpy as np
 
 from .base import Options
 from .errors import SolverError
-from .libraries import load_cvxpy
+from .libraries import load_cvxpy, quiet_cvxpy
 from .milp import MilpSolver, Run
-from .quiet import quiet_stdout
 from .rows import Rows
 from .structure import Floats
 
@@ -37,7 +36,7 @@ class CvxpySolver(MilpSolver):
         model = cvxpy.Problem(cvxpy.Minimize(rows.cost @ variables), constraints(rows, variables))
         engine = mixed_integer_engine(cvxpy)
         try:
-            with quiet_stdout():
+            with quiet_cvxpy():
                 model.solve(solver=engine, **_settings(engine, options))
         except cvxpy.error.SolverError as cause:
             # CVXPY raises when time is up before there is a solution
@@ -69,7 +68,8 @@ def mixed_integer_engine(cvxpy: Any) -> str:
     Raises:
         SolverError: CVXPY has neither.
     """
-    installed = cvxpy.installed_solvers()
+    with quiet_cvxpy():
+        installed = cvxpy.installed_solvers()
     for engine in ("HIGHS", "SCIPY"):
         if engine in installed:
             return engine

@@ -12,7 +12,7 @@ import numpy as np
 from .base import Answer, Options, Solver
 from .greedy_moves import fill, repair
 from .problem import Problem
-from .reach import fits, reachable
+from .reach import cap_units, fits, reachable
 from .solution import Limit
 
 
@@ -24,7 +24,7 @@ class GreedySolver(Solver):
 
     def _solve(self, problem: Problem, options: Options) -> Answer:
         clock = options.clock
-        unit = np.maximum(np.abs(problem.caps), np.finfo(np.float64).tiny)
+        unit = cap_units(problem)
         costs = [problem.loss, *problem.usage, (problem.usage / unit[:, None]).sum(axis=0)]
         starts = [problem.structure.evaluate(cost)[1] for cost in costs]
         if options.warm_start is not None:

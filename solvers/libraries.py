@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import io
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from .errors import SolverError
@@ -44,19 +45,26 @@ def load_cvxpy() -> Any:
         # where this fails highspy came first, and CVXPY has it
         with contextlib.suppress(SolverError):
             load_or_tools("ortools.linear_solver.python.model_builder")
-    logger = logging.getLogger("__cvxpy__")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
-        # CVXPY says on stdout that it leaves highspy aside
-        with quiet_stdout(), contextlib.redirect_stdout(io.StringIO()):
+        with quiet_cvxpy():
             return importlib.import_module("cvxpy")
     except ImportError as cause:
         raise SolverError(
             f"CVXPY can't be loaded here ({_short(cause)}); repair it or choose another solver"
         ) from cause
+
+
+@contextlib.contextmanager
+def quiet_cvxpy() -> Iterator[None]:
+    """Keep CVXPY and its engines from writing to stdout, where it says again and again that it has no highspy."""
+    # importing CVXPY sets the level of its logger, so that is no place to silence it
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with quiet_stdout(), contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
-        logger.setLevel(level)
+        logging.disable(level)
 
 
 def _short(cause: ImportError) -> str:

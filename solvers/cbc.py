@@ -2,7 +2,8 @@
 
 PuLP runs CBC as a programme of its own on a file and reports no bound. When CBC says that it has finished, its
 plan is within the asked gap of the best, which is a bound; when time is up, the bound is `lagrangian`'s. CBC's
-preprocessing is off: with it, CBC called a plan optimal that brute force beats (one of 330 small problems).
+preprocessing can lose the best plans (one of 330 small problems); when a plan that is known refutes what CBC says, it
+runs again without.
 """
 
 from __future__ import annotations
@@ -36,36 +37,49 @@ class CbcSolver(MilpSolver):
         # PuLP 3.3 warns of what 4.0 takes away; the package is pinned below that
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            return self._solve_with(importlib.import_module("pulp"), rows, options, hint)
+            pulp = importlib.import_module("pulp")
+            run = _once(pulp, rows, options, hint, [])
+            if _refuted(run, rows, hint):
+                run = _once(pulp, rows, options, hint, ["preprocess off"])
+        # whatever is still wrong is found by `Solver.solve`
+        return run
 
-    def _solve_with(self, pulp: Any, rows: Rows, options: Options, hint: Floats | None) -> Run:
-        engine = pulp.PULP_CBC_CMD(
-            msg=False,
-            timeLimit=max(options.clock.left, 1e-2) if math.isfinite(options.clock.limit) else None,
-            gapRel=options.rel_gap,
-            gapAbs=0.0,
-            threads=options.threads if options.threads > 1 else None,
-            warmStart=hint is not None,
-            options=[
-                f"primalTolerance {TOLERANCE}",
-                f"integerTolerance {TOLERANCE}",
-                "preprocess off",
-                f"randomCbcSeed {options.seed % 2**31}",
-            ],
-        )
-        if not engine.available():
-            raise SolverError("solver 'cbc': this PuLP has no CBC for this machine; choose another solver")
-        problem, variables = _model(pulp, rows, hint)
+
+def _refuted(run: Run, rows: Rows, hint: Floats | None) -> bool:
+    """Whether a known solution is better than CBC says is possible."""
+    return hint is not None and (run.infeasible or float(rows.cost @ hint) < run.bound)
+
+
+def _once(pulp: Any, rows: Rows, options: Options, hint: Floats | None, extra: list[str]) -> Run:
+    engine = pulp.PULP_CBC_CMD(
+        msg=False,
+        timeLimit=max(options.clock.left, 1e-2) if math.isfinite(options.clock.limit) else None,
+        gapRel=options.rel_gap,
+        gapAbs=0.0,
+        threads=options.threads if options.threads > 1 else None,
+        warmStart=hint is not None,
+        options=[
+            f"primalTolerance {TOLERANCE}",
+            f"integerTolerance {TOLERANCE}",
+            f"randomCbcSeed {options.seed % 2**31}",
+            *extra,
+        ],
+    )
+    if not engine.available():
+        raise SolverError("solver 'cbc': this PuLP has no CBC for this machine; choose another solver")
+    problem, variables = _model(pulp, rows, hint)
+    try:
         problem.solve(engine)
-        status = pulp.LpStatus[problem.status]
-        finished = problem.sol_status == pulp.LpSolutionOptimal
-        found = finished or problem.sol_status == pulp.LpSolutionIntegerFeasible
-        if not found:
-            return Run(None, -math.inf, status, infeasible=problem.status == pulp.LpStatusInfeasible)
-        values = np.array([variable.varValue or 0.0 for variable in variables])
-        cost = float(rows.cost @ np.round(values))
-        bound = cost - (options.rel_gap + TOLERANCE / 10) * abs(cost) if finished else -math.inf
-        return Run(values, bound, status, optimal=finished)
+    except pulp.PulpSolverError:
+        return Run(None, -math.inf, "CBC crashed")
+    status = pulp.LpStatus[problem.status]
+    finished = problem.sol_status == pulp.LpSolutionOptimal
+    if not finished and problem.sol_status != pulp.LpSolutionIntegerFeasible:
+        return Run(None, -math.inf, status, infeasible=problem.status == pulp.LpStatusInfeasible)
+    values = np.array([variable.varValue or 0.0 for variable in variables])
+    cost = float(rows.cost @ np.round(values))
+    bound = cost - (options.rel_gap + TOLERANCE / 10) * abs(cost) if finished else -math.inf
+    return Run(values, bound, status, optimal=finished)
 
 
 def _model(pulp: Any, rows: Rows, hint: Floats | None) -> tuple[Any, list[Any]]:

@@ -196,10 +196,13 @@ def stability(
         seed: of the samples and of the solver.
 
     Raises:
-        PlanError: the profile has no standard errors, or no sample had a plan.
+        PlanError: the profile has no standard errors, `columns` is no plan, or no sample had one.
     """
     problem = problem or built.problem
     plan = np.asarray(columns, dtype=np.int64)
+    report = check(problem, plan)
+    if not report.partition_ok:
+        raise PlanError(f"expected the columns of a plan of this problem; {report.message}.")
     cover = _LayerErrors(built)
     own = cover.choices(plan)
     changes = np.zeros(own.size)

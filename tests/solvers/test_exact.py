@@ -203,3 +203,17 @@ def test_highest_point_is_highest(seed) -> None:
         bounds=[(None, None)] + [(0, 2)] * dimension,
     )
     assert (offset + slope @ point).min() == pytest.approx(-result.fun, abs=1e-8, rel=1e-8)
+
+
+def test_an_unlikely_partition_is_not_overlooked(make) -> None:
+    """Either segment of the only feasible partition is cheap elsewhere; together they deviate most."""
+    columns = [
+        (0, 0b0011, 0, 5.0, (1.0, 1.0)),
+        (0, 0b1100, 0, 0.0, (9.0, 0.0)),
+        (0, 0b1100, 0, 5.0, (1.0, 1.0)),
+        (0, 0b0011, 0, 0.0, (0.0, 9.0)),
+        (0, 0b0101, 0, 500.0, (2.0, 2.0)),
+        (0, 0b1010, 0, 500.0, (2.0, 2.0)),
+    ]
+    assert get_solver("exact").solve(make(columns, [4.0, 4.0])).objective == 10.0
+    assert get_solver("exact").solve(make(columns[1:2] + columns[3:], [4.0, 4.0])).objective == 1000.0

@@ -39,7 +39,7 @@ LAST_STEP = 1.25
 MAX_RESIDUAL = 5_000
 """Most columns of the residual: HiGHS doesn't stop near its time limit in the presolve of much larger ones."""
 SMALL, LARGE = 150_000, 400_000
-"""Partial plans in each half of the programme: what is always tried, and what is tried for the asked gap."""
+"""Partial plans of the same groups: what is always tried, and what is tried for the asked gap."""
 CONFIGURATIONS = 20_000
 """Most configurations of the programme, beyond one for every group."""
 

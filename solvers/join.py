@@ -1,9 +1,9 @@
-"""The best pair of partial plans, one from each half, that together meet the caps.
+"""The best pair of partial plans, one from each of two lists, that together meet the caps.
 
-Least is ``deviation + deviation + prices @ unused room``. With one resource the second half is a staircase,
+Least is ``deviation + deviation + prices @ unused room``. With one resource the second list is a staircase,
 and the best partner of every partial plan is the last one that fits. With several, partners are looked up
 where they must lie: with delta to spend, a pair leaves at most (delta - deviations) / price unused of every
-resource. The second half is cut into layers of similar deviation, because most partial plans deviate nearly
+resource. The second list is cut into layers of similar deviation, because most partial plans deviate nearly
 by delta and can only be joined to the few that hardly deviate; and each layer is sorted by cells of one
 resource and inside them by another.
 """
@@ -18,7 +18,9 @@ import numpy as np
 from .clock import Clock
 from .structure import Floats, Integers, ranges
 
-LAYERS = 24
+LAYERS = 12
+DIRECT = 1 << 15
+"""Pairs that are all looked at rather than sorted out."""
 HAIR = 1e-9
 """Relative width added to windows."""
 CHUNK = 1 << 21
@@ -26,11 +28,19 @@ CHUNK = 1 << 21
 
 
 class Side(Protocol):
-    """What `best_pair` needs of a half: (states,), (states,), (resources, states), by rising deviation."""
+    """What `best_pair` needs of a list of partial plans, by rising deviation."""
 
-    deviation: Floats
-    loss: Floats
-    usage: Floats
+    @property
+    def deviation(self) -> Floats:
+        """(states,)"""
+
+    @property
+    def loss(self) -> Floats:
+        """(states,)"""
+
+    @property
+    def usage(self) -> Floats:
+        """(resources, states)"""
 
 
 @dataclass(frozen=True)
@@ -44,7 +54,7 @@ class Pair:
 
 
 def best_pair(first: Side, second: Side, room: Floats, prices: Floats, delta: float, clock: Clock) -> Pair:
-    """Join two halves.
+    """Join two lists.
 
     Args:
         first, second: partial plans; with one resource none of `second` beats another.
@@ -88,6 +98,10 @@ class _Windows:
     def run(self, clock: Clock) -> Pair:
         """All layers, those that hardly deviate first."""
         size = self.second.deviation.size
+        count = self.first.deviation.size
+        if size * count <= DIRECT:
+            self._look(np.repeat(np.arange(count), size), np.tile(np.arange(size), count))
+            return Pair(*self.pair, True, self.pairs)
         edges = np.unique(np.concatenate(([0], np.geomspace(1, size, LAYERS).astype(np.int64))))
         for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             if not self._layer(np.arange(low, high), clock):
@@ -95,7 +109,7 @@ class _Windows:
         return Pair(*self.pair, True, self.pairs)
 
     def _layer(self, states: Integers, clock: Clock) -> bool:
-        """Pairs with a layer of the second half; False if time is over."""
+        """Pairs with a layer of the second list; False if time is over."""
         least = float(self.second.deviation[states[0]])
         partners = int(np.searchsorted(self.first.deviation, self.delta - least, side="right"))
         if not partners:

@@ -2,21 +2,27 @@
 
 At the dual optimum every plan's loss is ``dual + sum of deviations + prices @ unused room`` (see `dual` and
 `configurations`), all terms non-negative: plans of loss below ``dual + delta`` consist of configurations whose
-deviations sum to at most delta. The groups that have more than one such configuration are dealt out to two
-halves (Horowitz & Sahni 1974). Each half lists its partial plans, group by group, and drops those that
+deviations sum to at most delta. Only groups with several such configurations matter. They are walked in a fixed
+order, listing partial plans of the groups so far (prefixes); going backwards, partial plans of the groups to come
+were listed before (suffixes). A falling threshold decides where the two meet: after a share s of the groups,
+prefixes that deviate by more than (1 - s) delta are joined with the suffixes there and done with; those need not
+deviate by more than s delta. As the number of partial plans grows exponentially with the root of (groups x
+deviation), this lists the root of what two halves, each within delta, would (Horowitz & Sahni 1974), and more.
 
-- deviate by more than delta, at the dual's prices or at any of several others: with prices mu, dual value
-  theta(mu) and deviations d_mu, a plan below ``dual + delta`` has ``theta(mu) + sum d_mu <= dual + delta``;
-- another partial plan of the same half beats in loss and in every resource.
+Partial plans are dropped when they
 
-Then the halves are joined: pairs of partial plans that together meet the caps and deviate least.
+- deviate by too much at any of several other prices: with prices mu, dual value theta(mu) and deviations d_mu, a
+  plan below ``dual + delta`` has ``theta(mu) + sum d_mu <= dual + delta``;
+- are beaten by another partial plan of the same groups in loss and in every resource.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .clock import Clock
 from .configurations import Configurations
@@ -26,8 +32,12 @@ from .problem import Problem
 from .reach import fits
 from .structure import Floats, Integers
 
+Indices = npt.NDArray[np.int32]
+
 SLACK = 1e-9
 """Deviations up to this much above delta, relative, are kept, so that rounding loses no plan."""
+BLOCKS = 20
+"""Most places where prefixes and suffixes meet; between them prefixes may deviate by delta."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +47,7 @@ class Found:
     Attributes:
         columns: best plan within delta that meets the caps, ascending; None if there is none.
         complete: nothing was left out, so no plan of loss below ``dual + delta`` is better.
-        states: partial plans listed at the end, both halves.
+        states: partial plans listed.
         pairs: pairs looked at.
     """
 
@@ -47,41 +57,65 @@ class Found:
     pairs: int
 
 
-@dataclass(eq=False)
-class Half:
+@dataclass(frozen=True, eq=False)
+class Partial:
     """Partial plans of some groups, sorted by deviation, relative to the best configurations.
 
     Attributes:
         deviation: (states,) sum of deviations at the dual's prices.
         loss: (states,) change of loss.
         usage: (resources, states) change of use.
-        parents, choices: for each group dealt to this half, (states then,) the state that each came from and
-            the configuration that it added.
+        spent: (prices,) least priced change of loss of these groups, see `_Prices`.
+        previous: partial plans that these extend by one group; None for the empty one.
+        parents, choices: (states,) the state in `previous`, and the configuration added to it.
+        complete: no partial plan was left out for want of space.
     """
 
     deviation: Floats
     loss: Floats
     usage: Floats
-    parents: list[Integers] = field(default_factory=list)
-    choices: list[Integers] = field(default_factory=list)
+    spent: Floats
+    previous: Partial | None
+    parents: Indices
+    choices: Indices
+    complete: bool = True
 
     @classmethod
-    def start(cls, resources: int) -> Half:
+    def empty(cls, resources: int, prices: int) -> Partial:
         """The one partial plan of no groups."""
-        return cls(np.zeros(1), np.zeros(1), np.zeros((resources, 1)))
+        nothing = np.zeros(1, dtype=np.int32)
+        return cls(np.zeros(1), np.zeros(1), np.zeros((resources, 1)), np.zeros(prices), None, nothing, nothing)
 
     @property
     def states(self) -> int:
         """Number of partial plans."""
         return int(self.deviation.size)
 
-    def choices_of(self, state: int) -> list[int]:
+    def part(self, first: int, last: int) -> Partial:
+        """The states [first, last)."""
+        kept = slice(first, last)
+        return Partial(
+            self.deviation[kept],
+            self.loss[kept],
+            self.usage[:, kept],
+            self.spent,
+            self.previous,
+            self.parents[kept],
+            self.choices[kept],
+            self.complete,
+        )
+
+    def within(self, most: float) -> Partial:
+        """The states that deviate by at most `most`."""
+        return self.part(0, int(np.searchsorted(self.deviation, most, side="right")))
+
+    def choices_of(self, state: int) -> Iterator[int]:
         """The configurations of one partial plan."""
-        chosen = []
-        for parents, choices in zip(reversed(self.parents), reversed(self.choices), strict=True):
-            chosen.append(int(choices[state]))
-            state = int(parents[state])
-        return chosen
+        level = self
+        while level.previous is not None:
+            yield int(level.choices[state])
+            state = int(level.parents[state])
+            level = level.previous
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,9 +202,15 @@ class _Prices:
                 least.append(each)
                 slack.append(delta * (1 + SLACK) - theta)
         shape = (len(found), multipliers.size)
-        return cls(
-            np.reshape(found, shape), np.reshape(least, (len(found), len(alternatives.members))), np.array(slack)
-        )
+        groups = len(alternatives.members)
+        return cls(np.reshape(found, shape), np.reshape(least, (len(found), groups)), np.array(slack))
+
+    def within(self, loss: Floats, usage: Floats, spent: Floats) -> Integers:
+        """Which partial plans don't deviate too much at any price, ascending; arguments as in `Partial`."""
+        kept = np.ones(loss.size, dtype=bool)
+        for prices, slack in zip(self.prices, self.slack + spent, strict=True):
+            kept &= loss + prices @ usage <= slack
+        return np.flatnonzero(kept)
 
 
 def search(
@@ -192,91 +232,151 @@ def search(
         configurations: all of deviation up to delta; when it isn't complete, nor is the answer.
         multipliers: (resources,) prices that the deviations belong to.
         delta: see the module; finite.
-        limit: most partial plans in each half; of more, those of least deviation stay.
+        limit: most partial plans of the same groups; of more, those of least deviation stay.
         clock: the search gives up when its limit has passed.
     """
-    everything = np.arange(problem.resources)
     priced = np.flatnonzero(multipliers > 0)
     if 0 < priced.size < problem.resources:
-        found = _search(problem, configurations, multipliers, delta, priced, limit, clock)
+        found = _Search(problem, configurations, multipliers, delta, priced, limit).run(clock)
         if found.complete and (found.columns is None or fits(problem, found.columns)):
             return found
-    return _search(problem, configurations, multipliers, delta, everything, limit, clock)
+    return _Search(problem, configurations, multipliers, delta, np.arange(problem.resources), limit).run(clock)
 
 
-def _search(
-    problem: Problem,
-    configurations: Configurations,
-    multipliers: Floats,
-    delta: float,
-    resources: Integers,
-    limit: int,
-    clock: Clock,
-) -> Found:
+class _Search:
     """`search` with some of the resources."""
-    alternatives = _Alternatives.build(configurations, problem.groups, resources)
-    order = alternatives.order
-    rounding = 0.5e-12 * np.abs(problem.caps)
-    room = (problem.room + rounding - configurations.usage[:, alternatives.base].sum(axis=1))[order]
-    prices = _Prices.build(alternatives, room, multipliers[order], delta)
-    halves = (Half.start(order.size), Half.start(order.size))
-    spent = np.zeros((2, prices.slack.size))
-    complete = configurations.complete
-    for position, members in enumerate(alternatives.members):
-        if clock.over:
-            return Found(None, False, sum(half.states for half in halves), 0)
-        side = int(halves[1].states < halves[0].states)
-        spent[side] += prices.least[:, position]
-        complete &= _extend(halves[side], alternatives, configurations.deviation, members, delta, limit)
-        _prune(halves[side], prices, spent[side])
-    pair = best_pair(halves[0], halves[1], room, multipliers[order], delta * (1 + SLACK), clock)
-    columns = None
-    if pair.first >= 0:
-        chosen = alternatives.base.copy()
-        for configuration in halves[0].choices_of(pair.first) + halves[1].choices_of(pair.second):
-            chosen[configurations.group[configuration]] = configuration
-        columns = configurations.columns_of(chosen)
-    return Found(columns, complete and pair.complete, sum(half.states for half in halves), pair.pairs)
 
+    def __init__(
+        self,
+        problem: Problem,
+        configurations: Configurations,
+        multipliers: Floats,
+        delta: float,
+        resources: Integers,
+        limit: int,
+    ) -> None:
+        self.configurations, self.limit = configurations, limit
+        self.alternatives = _Alternatives.build(configurations, problem.groups, resources)
+        order = self.alternatives.order
+        rounding = 0.5e-12 * np.abs(problem.caps)
+        base = configurations.usage[:, self.alternatives.base].sum(axis=1)
+        self.room = (problem.room + rounding - base)[order]
+        self.multipliers = multipliers[order]
+        self.prices = _Prices.build(self.alternatives, self.room, self.multipliers, delta)
+        self.most = delta * (1 + SLACK)
+        self.states = 0
+        self.blocks = self._blocks(delta)
 
-def _extend(
-    half: Half, alternatives: _Alternatives, deviation: Floats, members: Integers, delta: float, limit: int
-) -> bool:
-    """Add a group to a half; False if partial plans had to be left out."""
-    most = delta * (1 + SLACK)
-    counts = np.searchsorted(half.deviation, most - deviation[members], side="right")
-    complete = True
-    if counts.sum() > 2 * limit:
-        sums = np.concatenate([half.deviation[:n] + deviation[c] for n, c in zip(counts, members, strict=True)])
-        most = float(np.partition(sums, 2 * limit)[2 * limit])
-        counts = np.searchsorted(half.deviation, most - deviation[members], side="right")
-        complete = False
-    parents = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
-    choices = np.repeat(members, counts)
-    loss = half.loss[parents] + alternatives.loss[choices]
-    usage = half.usage[:, parents] + alternatives.usage[:, choices]
-    total = half.deviation[parents] + deviation[choices]
-    kept = undominated(loss, usage)
-    kept = kept[np.argsort(total[kept], kind="stable")]
-    if kept.size > limit:
-        kept = kept[:limit]
-        complete = False
-    half.deviation, half.loss, half.usage = total[kept], loss[kept], usage[:, kept]
-    half.parents.append(parents[kept])
-    half.choices.append(choices[kept].astype(np.int32))
-    return complete
+    def run(self, clock: Clock) -> Found:
+        """Suffixes backwards, then prefixes forwards, joined after every block."""
+        start = Partial.empty(self.room.size, self.prices.slack.size)
+        suffixes = [start]
+        for position in range(len(self.blocks) - 1, 0, -1):
+            suffix = suffixes[-1].within(self.most * self.blocks[position - 1][1])
+            for group in reversed(self.blocks[position][0]):
+                if clock.over:
+                    return Found(None, False, self.states, 0)
+                suffix = self._extended(suffix, group, self.most * self.blocks[position - 1][1])
+            suffixes.append(suffix)
+        suffixes.reverse()
+        prefix, delta, pairs, best = start, self.most, 0, np.inf
+        chosen: tuple[Partial, int, Partial, int] | None = None
+        complete = self.configurations.complete
+        for (groups, share), suffix in zip(self.blocks, suffixes, strict=True):
+            for group in groups:
+                if clock.over:
+                    return Found(self._columns(chosen), False, self.states, pairs)
+                prefix = self._extended(prefix, group, delta)
+            last = suffix is suffixes[-1]
+            kept = 0 if last else prefix.within(self.most * (1 - share)).states
+            done = prefix.part(kept, prefix.states)
+            pair = best_pair(done, suffix, self.room, self.multipliers, delta, clock)
+            pairs += pair.pairs
+            complete &= pair.complete and prefix.complete and suffix.complete
+            if pair.first >= 0:
+                loss = float(done.loss[pair.first] + suffix.loss[pair.second])
+                if loss < best:
+                    best, chosen = loss, (done, pair.first, suffix, pair.second)
+                    # what a plan deviates by, unused room included, is its change of loss and the priced room
+                    delta = min(delta, (best + float(self.multipliers @ self.room)) * (1 + SLACK))
+            prefix = prefix.part(0, kept)
+        return Found(self._columns(chosen), complete, self.states, pairs)
 
+    def _blocks(self, delta: float) -> list[tuple[list[int], float]]:
+        """Consecutive open groups, and the share of delta left to the suffixes behind each block's end.
 
-def _prune(half: Half, prices: _Prices, spent: Floats) -> None:
-    """Drop partial plans that deviate too much at other prices.
+        The share is where prefixes and suffixes are expected to be equally many. Of groups with deviations d, about
+        exp(min over beta of beta D + sum over groups of log sum exp(-beta d)) partial plans deviate by up to D.
+        """
+        members = self.alternatives.members
+        if not members or delta <= 0:
+            return [(list(range(len(members))), 1.0)]
+        deviation = self.configurations.deviation / delta
+        betas = np.geomspace(0.1, 1e4, 48)
+        weights = np.exp(-betas[:, None] * deviation[np.concatenate(members)])
+        first = np.cumsum([0] + [part.size for part in members[:-1]])
+        before = np.cumsum(np.log(np.add.reduceat(weights, first, axis=1)), axis=1)
+        behind = before[:, -1:] - before
+        usual = int(np.argmin(betas + before[:, -1]))
+        done = before[usual] / max(float(before[usual, -1]), np.finfo(np.float64).tiny)
+        ends = np.unique(np.searchsorted(done, np.arange(1, BLOCKS + 1) / BLOCKS - 1e-9))
+        ends = np.append(ends[ends < len(members) - 1], len(members) - 1)
+        shares = np.linspace(0.0, 1.0, 65)
+        spent = betas[:, None] * shares
+        share = []
+        for end in ends.tolist():
+            prefixes = (spent[:, ::-1] + before[:, end, None]).min(axis=0)
+            suffixes = (spent + behind[:, end, None]).min(axis=0)
+            share.append(float(shares[int(np.argmin(np.abs(prefixes - suffixes)))]))
+        share[-1] = 1.0
+        share = np.maximum.accumulate(share).tolist()
+        starts = [0, *(ends[:-1] + 1).tolist()]
+        return [
+            (list(range(first, last + 1)), each) for first, last, each in zip(starts, ends.tolist(), share, strict=True)
+        ]
 
-    `spent` (prices,) is the least priced change of the half's groups.
-    """
-    if not prices.slack.size:
-        return
-    priced = half.loss + prices.prices @ half.usage
-    kept = (priced <= (prices.slack + spent)[:, None]).all(axis=0)
-    if kept.all():
-        return
-    half.deviation, half.loss, half.usage = half.deviation[kept], half.loss[kept], half.usage[:, kept]
-    half.parents[-1], half.choices[-1] = half.parents[-1][kept], half.choices[-1][kept]
+    def _extended(self, partial: Partial, group: int, most: float) -> Partial:
+        """The partial plans with one more group, as far as they deviate by at most `most`."""
+        alternatives, deviation = self.alternatives, self.configurations.deviation
+        members = alternatives.members[group]
+        counts = np.searchsorted(partial.deviation, most - deviation[members], side="right")
+        complete = partial.complete
+        if counts.sum() > 2 * self.limit:
+            sums = np.concatenate([partial.deviation[:n] + deviation[c] for n, c in zip(counts, members, strict=True)])
+            most = float(np.partition(sums, 2 * self.limit)[2 * self.limit])
+            counts = np.searchsorted(partial.deviation, most - deviation[members], side="right")
+            complete = False
+        parents = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
+        choices = np.repeat(members, counts)
+        loss = partial.loss[parents] + alternatives.loss[choices]
+        usage = partial.usage[:, parents] + alternatives.usage[:, choices]
+        total = partial.deviation[parents] + deviation[choices]
+        spent = partial.spent + self.prices.least[:, group]
+        kept = self.prices.within(loss, usage, spent)
+        kept = kept[undominated(loss[kept], usage[:, kept])]
+        kept = kept[np.argsort(total[kept], kind="stable")]
+        if kept.size > self.limit:
+            kept = kept[: self.limit]
+            complete = False
+        self.states += kept.size
+        return Partial(
+            total[kept],
+            loss[kept],
+            usage[:, kept],
+            spent,
+            partial,
+            parents[kept],
+            choices[kept].astype(np.int32),
+            complete,
+        )
+
+    def _columns(self, chosen: tuple[Partial, int, Partial, int] | None) -> Integers | None:
+        """The plan of a prefix and a suffix."""
+        if chosen is None:
+            return None
+        prefix, one, suffix, two = chosen
+        plan = self.alternatives.base.copy()
+        for partial, state in ((prefix, one), (suffix, two)):
+            for configuration in partial.choices_of(state):
+                plan[self.configurations.group[configuration]] = configuration
+        return self.configurations.columns_of(plan)

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from msq.solvers import dominance, exact, join
+from msq.solvers import dominance, exact, join, programme
 from msq.solvers.clock import Clock
 from msq.solvers.configurations import enumerate_configurations
 from msq.solvers.dominance import undominated
@@ -67,8 +67,10 @@ class Side:
 
 @pytest.mark.parametrize("resources", [2, 3])
 @pytest.mark.parametrize("seed", range(12))
-def test_best_pair_is_the_best_of_all_pairs(monkeypatch, resources, seed) -> None:
+@pytest.mark.parametrize("direct", [0, 10**6])
+def test_best_pair_is_the_best_of_all_pairs(monkeypatch, resources, seed, direct) -> None:
     monkeypatch.setattr(join, "CHUNK", 50)
+    monkeypatch.setattr(join, "DIRECT", direct)
     random = np.random.default_rng(seed)
     prices = random.uniform(0.1, 2, resources) * (random.random(resources) < 0.8)
 
@@ -95,7 +97,8 @@ def test_best_pair_is_the_best_of_all_pairs(monkeypatch, resources, seed) -> Non
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("resources", [1, 2, 3])
-def test_search_finds_the_best_plan_within_delta(make_random, plans, seed, resources) -> None:
+def test_search_finds_the_best_plan_within_delta(monkeypatch, make_random, plans, seed, resources) -> None:
+    monkeypatch.setattr(programme, "BLOCKS", 1 + seed % 4)
     problem = make_random(seed, resources, 0.6)
     dual = solve_dual(problem, Clock())
     cost = priced(problem, dual.multipliers)

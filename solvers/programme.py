@@ -36,8 +36,11 @@ Indices = npt.NDArray[np.int32]
 
 SLACK = 1e-9
 """Deviations up to this much above delta, relative, are kept, so that rounding loses no plan."""
-BLOCKS = 20
-"""Most places where prefixes and suffixes meet; between them prefixes may deviate by delta."""
+BLOCKS, FEW_BLOCKS = 20, 5
+"""Most places where prefixes and suffixes meet, in large programmes and in small ones: joining costs time too.
+Between them prefixes may deviate by delta."""
+SMALL = 20.0
+"""Logarithm of the number of plans within delta up to which a programme is small."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,9 +320,11 @@ class _Search:
         first = np.cumsum([0] + [part.size for part in members[:-1]])
         before = np.cumsum(np.log(np.add.reduceat(weights, first, axis=1)), axis=1)
         behind = before[:, -1:] - before
-        usual = int(np.argmin(betas + before[:, -1]))
+        plans = betas + before[:, -1]
+        usual = int(np.argmin(plans))
+        blocks = BLOCKS if plans[usual] > SMALL and self.room.size > 1 else FEW_BLOCKS
         done = before[usual] / max(float(before[usual, -1]), np.finfo(np.float64).tiny)
-        ends = np.unique(np.searchsorted(done, np.arange(1, BLOCKS + 1) / BLOCKS - 1e-9))
+        ends = np.unique(np.searchsorted(done, np.arange(1, blocks + 1) / blocks - 1e-9))
         ends = np.append(ends[ends < len(members) - 1], len(members) - 1)
         shares = np.linspace(0.0, 1.0, 65)
         spent = betas[:, None] * shares

@@ -98,7 +98,7 @@ def test_best_pair_is_the_best_of_all_pairs(monkeypatch, resources, seed, direct
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("resources", [1, 2, 3])
 def test_search_finds_the_best_plan_within_delta(monkeypatch, make_random, plans, seed, resources) -> None:
-    monkeypatch.setattr(programme, "BLOCKS", 1 + seed % 4)
+    monkeypatch.setattr(programme, "FEW_BLOCKS", 1 + seed % 4)
     problem = make_random(seed, resources, 0.6)
     dual = solve_dual(problem, Clock())
     cost = priced(problem, dual.multipliers)

@@ -79,6 +79,7 @@ class Solver(ABC):
         gives_bound: comes with a lower bound on every problem that it solves.
         honours_time_limit: stops near the time limit.
         deterministic: same problem, same answer (unless a time limit strikes).
+        side_constraints: handles layers that must share a choice, and a limit on the number of choices.
         requires: top-level modules to import that not every installation has.
     """
 
@@ -90,6 +91,7 @@ class Solver(ABC):
     gives_bound: ClassVar[bool] = False
     honours_time_limit: ClassVar[bool] = True
     deterministic: ClassVar[bool] = True
+    side_constraints: ClassVar[bool] = False
     requires: ClassVar[tuple[str, ...]] = ()
 
     def solve(
@@ -162,6 +164,11 @@ class Solver(ABC):
             raise SolverError(
                 f"solver {self.name!r} can't handle columns that fuse layers; leave out the fusion "
                 "patterns or choose another solver"
+            )
+        if problem.has_side_constraints and not self.side_constraints:
+            raise SolverError(
+                f"solver {self.name!r} can't handle layers that must share a choice, nor a limit on the number of "
+                "choices; leave these out or choose scip, highs or cp_sat"
             )
 
     def _judge(self, problem: Problem, answer: Answer, options: Options) -> Solution:

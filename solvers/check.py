@@ -28,7 +28,8 @@ class CheckReport:
         usage: (resources,) use of each resource, `base` included.
         excess: (resources,) ``usage - caps`` where positive, else 0.
         loss: sum over the chosen columns.
-        feasible: `partition_ok` and no cap is exceeded by more than `CAP_TOLERANCE` relative.
+        feasible: `partition_ok`, no cap is exceeded by more than `CAP_TOLERANCE` relative, and the side
+            constraints hold.
         message: one sentence on the first thing that is wrong; empty when feasible.
     """
 
@@ -65,12 +66,14 @@ def check(problem: Problem, columns: npt.ArrayLike) -> CheckReport:
             f"{problem.resource_names[r]} is {usage[r]:.12g}, above its cap of {caps[r]:.12g} "
             f"by {usage[r] - caps[r]:.3g}"
         )
+    if partition_ok and not message:
+        message = _side_message(problem, known)
     return CheckReport(
         partition_ok=partition_ok,
         usage=np.array(usage),
         excess=np.array([max(0.0, use - cap) for use, cap in zip(usage, caps, strict=True)]),
         loss=math.fsum(float(problem.loss[column]) for column in known),
-        feasible=partition_ok and not broken,
+        feasible=not message,
         message=message,
     )
 
@@ -86,4 +89,25 @@ def _partition_message(problem: Problem, chosen: Sequence[int]) -> str:
             times = covered[group, layer]
             if times != 1:
                 return f"layer {layer} of group {group} is covered {times} times instead of once"
+    return ""
+
+
+def _side_message(problem: Problem, chosen: Sequence[int]) -> str:
+    """One sentence on the first side constraint that is broken; empty if there is none."""
+    names = problem.choice_names
+    used = sorted({int(problem.choice[column]) for column in chosen})
+    if problem.max_choices is not None and len(used) > problem.max_choices:
+        return f"{len(used)} choices are used ({', '.join(names[q] for q in used)}), {problem.max_choices} are allowed"
+    if problem.same_choice is None:
+        return ""
+    start = [0]
+    for size in problem.group_sizes.tolist():
+        start.append(start[-1] + size)
+    found: dict[int, int] = {}
+    for column in chosen:
+        mask, choice = int(problem.mask[column]), int(problem.choice[column])
+        for bit in range(mask.bit_length()):
+            label = int(problem.same_choice[start[int(problem.group[column])] + bit]) if mask >> bit & 1 else -1
+            if label >= 0 and found.setdefault(label, choice) != choice:
+                return f"layers that must agree (set {label}) have {names[found[label]]} and {names[choice]}"
     return ""

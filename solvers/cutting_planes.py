@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .clock import Clock
-from .errors import SolverError
+from .highest import highest
 from .structure import Floats
 
 Cut = tuple[float, Floats]
@@ -109,23 +109,14 @@ def _at(cut: Cut, point: Floats) -> float:
 
 def _master(cuts: Sequence[Cut], dimension: int, box: float, simplex: bool) -> tuple[Floats, float]:
     """The point where the least of all cuts is largest, and its value there."""
-    from scipy.optimize import linprog
-
-    rows = np.array([[1.0, *(-cut[1])] for cut in cuts])
-    result = linprog(
-        np.concatenate(([-1.0], np.zeros(dimension))),
-        A_ub=rows,
-        b_ub=np.array([cut[0] for cut in cuts]),
-        A_eq=np.array([[0.0] + [1.0] * dimension]) if simplex else None,
-        b_eq=np.ones(1) if simplex else None,
-        bounds=[(None, None)] + [(0.0, box)] * dimension,
-        method="highs",
-        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
-    )
-    if result.x is None:
-        raise SolverError(
-            f"the master problem of the cutting planes failed ({result.message}); expected losses and uses "
-            "whose sizes differ by less than about 1e12, rescale them"
-        )
-    point = np.maximum(result.x[1:], 0.0)
+    offset = np.array([cut[0] for cut in cuts])
+    slope = np.array([cut[1] for cut in cuts])
+    if simplex:
+        # the last coordinate is what the others leave of 1
+        offset = offset + slope[:, -1]
+        slope = slope[:, :-1] - slope[:, -1:]
+        point = highest(offset, slope, np.ones(dimension - 1), total=1.0)
+        point = np.append(point, max(0.0, 1.0 - point.sum()))
+    else:
+        point = highest(offset, slope, np.full(dimension, box))
     return point, min(_at(cut, point) for cut in cuts)

@@ -6,7 +6,7 @@ import numpy as np
 
 from .clock import Clock
 from .problem import Problem
-from .reach import fits, total_usage, usable_caps
+from .reach import cap_units, fits, total_usage, usable_caps
 from .structure import Floats, Integers, ranges
 
 
@@ -26,7 +26,7 @@ def repair(problem: Problem, plan: Integers, clock: Clock) -> Integers:
     """
     plan = np.sort(plan)
     columns, position = _alternatives(problem, plan)
-    unit = np.maximum(np.abs(problem.caps), np.finfo(np.float64).tiny)
+    unit = cap_units(problem)
     tiny = np.finfo(np.float64).eps * float(problem.loss[plan].sum() + problem.loss.max()) or 1.0
     while not fits(problem, plan) and not clock.over:
         excess = total_usage(problem, plan) - usable_caps(problem)
@@ -53,7 +53,7 @@ def fill(problem: Problem, plan: Integers, clock: Clock) -> Integers:
     """
     plan = np.sort(plan)
     columns, position = _alternatives(problem, plan)
-    unit = np.maximum(np.abs(problem.caps), np.finfo(np.float64).tiny)
+    unit = cap_units(problem)
     while not clock.over:
         left = usable_caps(problem) - total_usage(problem, plan)
         saved = problem.loss[plan[position]] - problem.loss[columns]

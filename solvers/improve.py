@@ -14,7 +14,7 @@ import numpy as np
 from .clock import Clock
 from .configurations import Configurations
 from .problem import Problem
-from .reach import usable_caps
+from .reach import cap_units, usable_caps
 from .structure import Floats, Integers
 
 MAX_ROUNDS = 400
@@ -74,7 +74,7 @@ def improve(
 def _move(problem: Problem, state: _State, configurations: Configurations, multipliers: Floats) -> bool:
     """Make the best pair of moves; False if none improves the plan."""
     room = usable_caps(problem) - problem.base - state.usage.sum(axis=1)
-    unit = np.maximum(np.abs(problem.caps), np.finfo(np.float64).tiny)
+    unit = cap_units(problem)
     loss = configurations.loss - state.loss[configurations.group]
     usage = configurations.usage - state.usage[:, configurations.group]
     excess = float((np.maximum(-room, 0.0) / unit).sum())

@@ -18,7 +18,7 @@ from .configurations import enumerate_configurations
 from .dual import Dual, priced, solve_dual
 from .improve import improve
 from .problem import Problem
-from .reach import fits, total_usage
+from .reach import cap_units, fits, total_usage
 from .solution import Limit, Stats, relative_gap
 from .structure import Floats, Integers
 
@@ -96,7 +96,7 @@ def _repair(
 
 def _starts(problem: Problem, pool: list[Integers], cost: Floats, best: Integers | None) -> list[Integers]:
     """`best`, then the plans of least priced cost; of equal ones those that break the caps least."""
-    unit = np.maximum(np.abs(problem.caps), np.finfo(np.float64).tiny)
+    unit = cap_units(problem)
 
     def key(plan: Integers) -> tuple[float, float]:
         excess = np.maximum(total_usage(problem, plan) - problem.caps, 0.0) / unit

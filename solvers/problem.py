@@ -51,6 +51,9 @@ class Problem:
         layer_sensitivity: (layers,) a_l >= 0, layers in group-major order; only `water_filling` needs these.
         layer_weights: (layers,) d_l = out * in > 0.
         column_bits: (columns,) nominal bits per weight of the column's quantizer, > 0.
+        same_choice: (layers,) int64, layers of equal number >= 0 must have the same choice; -1 for free ones. A side
+            constraint, for solvers that say they can handle those.
+        max_choices: most different choices that a plan may use, >= 1; None for any. A side constraint too.
 
     Columns are sorted by (group, mask); see `column_order`.
 
@@ -71,10 +74,13 @@ class Problem:
     layer_sensitivity: Floats | None = None
     layer_weights: Floats | None = None
     column_bits: Floats | None = None
+    same_choice: Integers | None = None
+    max_choices: int | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _INTEGER_FIELDS.items():
-            object.__setattr__(self, name, _integers(name, getattr(self, name), kind))
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _integers(name, getattr(self, name), kind))
         for field in fields(self):
             if field.name in _FLOAT_FIELDS and getattr(self, field.name) is not None:
                 object.__setattr__(self, field.name, _floats(field.name, getattr(self, field.name)))
@@ -83,6 +89,7 @@ class Problem:
         self._check_shapes()
         self._check_values()
         self._check_columns()
+        self._check_side_constraints()
 
     @property
     def columns(self) -> int:
@@ -103,6 +110,11 @@ class Problem:
     def room(self) -> Floats:
         """What the choices may use of each resource, ``caps - base``; (resources,)."""
         return self.caps - self.base
+
+    @property
+    def has_side_constraints(self) -> bool:
+        """Whether choices are tied to each other by more than the caps."""
+        return self.same_choice is not None or self.max_choices is not None
 
     @cached_property
     def segments(self) -> Segments:
@@ -140,6 +152,7 @@ class Problem:
             "base": (self.resources,),
             "layer_sensitivity": (layers,),
             "layer_weights": (layers,),
+            "same_choice": (layers,),
             "column_bits": (self.columns,),
         }
         for name, shape in expected.items():
@@ -209,12 +222,24 @@ class Problem:
                 "groups); offer at least one usable option for every layer"
             )
 
+    def _check_side_constraints(self) -> None:
+        if self.max_choices is not None and (self.max_choices != int(self.max_choices) or self.max_choices < 1):
+            raise SolverError(f"max_choices: expected an integer >= 1 or None, got {self.max_choices}")
+        if self.same_choice is not None:
+            labels, counts = np.unique(self.same_choice[self.same_choice >= 0], return_counts=True)
+            if not labels.size or counts.min() < 2:
+                raise SolverError(
+                    "same_choice: expected sets of at least two layers with equal numbers >= 0, got a set of fewer; "
+                    "leave the field out or give -1 to layers that are free"
+                )
+
 
 _INTEGER_FIELDS: dict[str, type[np.signedinteger]] = {
     "group": np.int32,
     "mask": np.int64,
     "choice": np.int32,
     "group_sizes": np.int32,
+    "same_choice": np.int64,
 }
 _FLOAT_FIELDS = frozenset(("loss", "usage", "caps", "base", "layer_sensitivity", "layer_weights", "column_bits"))
 

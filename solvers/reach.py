@@ -55,6 +55,13 @@ def fits(problem: Problem, columns: Integers) -> bool:
     return bool((total_usage(problem, columns) <= usable_caps(problem)).all())
 
 
+def cap_units(problem: Problem) -> Floats:
+    """Size of each resource to measure excess in: its cap, or where that is 0 its largest use; (resources,)."""
+    size = np.abs(problem.caps)
+    size = np.where(size > 0, size, problem.usage.max(axis=1))
+    return np.where(size > 0, size, 1.0)
+
+
 def usable_caps(problem: Problem) -> Floats:
     """The caps with room for rounding in sums; (resources,)."""
     return np.asarray(problem.caps + ROUNDING * np.abs(problem.caps))

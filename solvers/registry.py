@@ -11,9 +11,16 @@ from .errors import SolverError
 
 _BACKENDS: dict[str, str] = {
     "uniform": "uniform:UniformSolver",
+    "greedy": "greedy:GreedySolver",
     "water_filling": "water_filling:WaterFillingSolver",
     "lagrangian": "lagrangian:LagrangianSolver",
+    "cvxpy_lp": "cvxpy_lp:CvxpyLpSolver",
+    "exact": "exact:ExactSolver",
     "scip": "scip:ScipSolver",
+    "highs": "highs:HighsSolver",
+    "cp_sat": "cp_sat:CpSatSolver",
+    "cbc": "cbc:CbcSolver",
+    "cvxpy": "cvxpy_milp:CvxpySolver",
 }
 """Name to ``module:Class`` inside this package, roughly from simple to exact."""
 
@@ -30,6 +37,7 @@ class Abilities:
     gives_bound: bool
     honours_time_limit: bool
     deterministic: bool
+    side_constraints: bool
     requires: tuple[str, ...]
     missing: tuple[str, ...]
 
@@ -85,6 +93,7 @@ def abilities() -> tuple[Abilities, ...]:
             gives_bound=kind.gives_bound,
             honours_time_limit=kind.honours_time_limit,
             deterministic=kind.deterministic,
+            side_constraints=kind.side_constraints,
             requires=kind.requires,
             missing=kind.missing_requirements(),
         )

@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from msq.solvers import scip
+from msq.solvers import milp
 from msq.solvers.base import Answer
 from msq.solvers.registry import get_solver, missing_requirements
+from msq.solvers.scip import ScipSolver
 from msq.solvers.solution import Status
 
 pytestmark = pytest.mark.skipif(bool(missing_requirements("scip")), reason="scip needs ortools")
@@ -20,18 +21,17 @@ def problem(make_random):
 
 
 def test_a_plan_above_a_cap_leads_to_a_tightened_run(monkeypatch, problem, brute) -> None:
-    true_run, asked = scip._run, []
+    true_run, asked = ScipSolver._run, []
+    above = problem.structure.evaluate(problem.loss)[1]
 
-    def careless(problem, options, unit, hint, tightening):
-        asked.append(tightening)
-        run = true_run(problem, options, unit, hint, tightening)
-        if tightening == 0:
-            return dataclasses.replace(run, columns=problem.structure.evaluate(problem.loss)[1])
-        return run
+    def careless(self, rows, options, hint):
+        asked.append(rows.upper[0])
+        run = true_run(self, rows, options, hint)
+        return dataclasses.replace(run, values=rows.completed(problem, above)) if len(asked) == 1 else run
 
-    monkeypatch.setattr(scip, "_run", careless)
+    monkeypatch.setattr(ScipSolver, "_run", careless)
     solution = get_solver("scip").solve(problem)
-    assert asked == [0.0, scip.TIGHTENINGS[0]]
+    assert len(asked) == 2
     assert solution.stats["tightened"] == 0.0
     assert "rejected" not in solution.stats
     assert solution.status is Status.OPTIMAL
@@ -39,7 +39,7 @@ def test_a_plan_above_a_cap_leads_to_a_tightened_run(monkeypatch, problem, brute
 
 
 def test_optimum_is_scips_own_work(monkeypatch, make_random, brute) -> None:
-    monkeypatch.setattr(scip, "relax_and_repair", lambda problem, options: Answer())
+    monkeypatch.setattr(milp, "relax_and_repair", lambda problem, options: Answer())
     for seed in range(4):
         problem = make_random(40 + seed, 2, 0.7)
         solution = get_solver("scip").solve(problem)

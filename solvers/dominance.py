@@ -1,0 +1,79 @@
+"""Leave out alternatives that another one beats in loss and in every resource.
+
+Exact for one resource and for short lists. In a long list with several resources an alternative is compared with
+those that agree in all resources but one, and with the best of those that are in smaller cells of a grid in every
+resource: some that are beaten stay.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .structure import Floats, Integers
+
+PAIRWISE = 192
+"""Longest list of which all pairs are compared."""
+CELLS_PER_ALTERNATIVE = 4.0
+"""Cells of the grid: more tell alternatives better apart and cost more to walk."""
+
+
+def undominated(loss: Floats, usage: Floats) -> Integers:
+    """Positions of the alternatives that no other beats or equals, ascending; of equal ones the first stays.
+
+    Args:
+        loss: (alternatives,).
+        usage: (resources, alternatives). Put resources that take few different values first.
+    """
+    if loss.size <= 1:
+        return np.arange(loss.size)
+    if usage.shape[0] > 1 and loss.size <= PAIRWISE:
+        return _pairwise(loss, usage)
+    if usage.shape[0] == 1:
+        return _by_runs(loss, usage)
+    kept = _by_grid(loss, usage)
+    return kept[_by_runs(loss[kept], usage[:, kept])]
+
+
+def _pairwise(loss: Floats, usage: Floats) -> Integers:
+    values = np.vstack((loss, usage))
+    no_worse = (values[:, :, None] <= values[:, None, :]).all(axis=0)
+    earlier = np.arange(loss.size)[:, None] < np.arange(loss.size)
+    beaten = no_worse & (~no_worse.T | earlier)
+    return np.flatnonzero(~beaten.any(axis=0))
+
+
+def _by_runs(loss: Floats, usage: Floats) -> Integers:
+    """Sort by all resources, the last one fastest; in runs of equal others, keep what lowers the least loss."""
+    order = np.lexsort((loss, *usage[::-1]))
+    rank = np.empty(loss.size, dtype=np.int64)
+    rank[np.argsort(loss[order], kind="stable")] = np.arange(loss.size)
+    if usage.shape[0] == 1:
+        run = np.zeros(loss.size, dtype=np.int64)
+    else:
+        others = usage[:-1, order]
+        run = np.concatenate(([0], np.cumsum((np.diff(others, axis=1) != 0).any(axis=0))))
+    # ranks, so that equal losses differ, lowered from run to run, so that one running minimum serves all runs
+    key = rank - run * loss.size
+    least = np.minimum.accumulate(key)
+    kept = np.ones(loss.size, dtype=bool)
+    kept[1:] = key[1:] < least[:-1]
+    return np.sort(order[kept])
+
+
+def _by_grid(loss: Floats, usage: Floats) -> Integers:
+    """Drop what is no better than the least loss of all cells that are smaller in every resource."""
+    resources = usage.shape[0]
+    side = max(2, int((CELLS_PER_ALTERNATIVE * loss.size) ** (1 / resources)))
+    low, extent = usage.min(axis=1), np.ptp(usage, axis=1)
+    scale = side / np.where(extent > 0, extent, 1.0)
+    cell = np.minimum((usage - low[:, None]) * scale[:, None], side - 1).astype(np.int64)
+    flat = np.ravel_multi_index(tuple(cell), (side,) * resources)
+    least = np.full(side**resources, np.inf)
+    np.minimum.at(least, flat, loss)
+    grid = least.reshape((side,) * resources)
+    for axis in range(resources):
+        np.minimum.accumulate(grid, axis=axis, out=grid)
+    # one cell of infinities before the first, so that each looks at the cells strictly below its own
+    padded = np.full((side + 1,) * resources, np.inf)
+    padded[(slice(1, None),) * resources] = grid
+    return np.flatnonzero(padded[tuple(cell)] > loss)

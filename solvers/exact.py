@@ -1,0 +1,196 @@
+"""Proven optima: dual, reduced-cost fixing, bounded dynamic programme, and a residual programme where that fails.
+
+The dual (see `dual`) bounds every plan from below and leaves a gap of 1e-4 or less to the optimum on tables of
+real models. The bounded programme (see `programme`) lists all plans of loss below ``dual + delta`` that could be
+best; delta starts small and grows until it covers the gap to the best plan, which is then proven optimal, or
+until the programme exceeds its size. What is left then, the columns whose deviation is within the gap, goes to
+a mixed-integer solver (see `residual`).
+
+The programme costs milliseconds as long as it stays small, so it is carried on to a gap of 1e-10 even when the
+caller asks for less; large programmes, millions of columns and the residual get the gap that was asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .base import PROOF_TOLERANCE, Answer, Options, Solver
+from .configurations import column_deviations, enumerate_configurations
+from .dual import Dual, priced, solve_dual
+from .lagrangian import relax_and_repair
+from .problem import Problem
+from .programme import search
+from .reach import fits
+from .residual import solve_residual
+from .solution import Limit, Stats, relative_gap
+from .structure import Integers
+
+FIRST_COLUMNS = 60
+"""Columns above the best ones at which delta starts."""
+GROWTH = 2.0
+"""Factor of delta from round to round; its square with one resource, whose programme grows slowly."""
+POLISHED = 500_000
+"""Columns up to which the programme goes on below the asked gap; beyond, every round takes a tenth of a second."""
+LAST_STEP = 1.25
+"""Delta is set to the whole gap if that takes no more than this factor."""
+MAX_RESIDUAL = 5_000
+"""Most columns of the residual: HiGHS doesn't stop near its time limit in the presolve of much larger ones."""
+SMALL, LARGE = 150_000, 400_000
+"""Partial plans of the same groups: what is always tried, and what is tried for the asked gap."""
+CONFIGURATIONS = 20_000
+"""Most configurations of the programme, beyond one for every group."""
+
+
+class ExactSolver(Solver):
+    """Dual, reduced-cost fixing, bounded dynamic programme, residual programme."""
+
+    name = "exact"
+    summary = "proven optimum: dual, reduced-cost fixing, bounded dynamic programme, residual programme"
+    exact = True
+    gives_bound = True
+
+    def _solve(self, problem: Problem, options: Options) -> Answer:
+        dual = solve_dual(problem, options.clock)
+        if dual.infeasible:
+            return Answer(lower_bound=math.inf, infeasible=True, stats={"infeasible_by": "dual"})
+        return _Proof(problem, options, dual).run()
+
+
+@dataclass(eq=False)
+class _Best:
+    """The best plan so far; loss inf without one."""
+
+    columns: Integers | None = None
+    loss: float = math.inf
+
+
+class _Proof:
+    """One solve: bounds that close in on each other."""
+
+    def __init__(self, problem: Problem, options: Options, dual: Dual) -> None:
+        self.problem, self.options = problem, options
+        self.multipliers = dual.multipliers
+        self.cost = priced(problem, dual.multipliers)
+        value = problem.structure.evaluate(self.cost)[0] - float(dual.multipliers @ problem.room)
+        self.dual = value
+        self.lower_bound = max(value, dual.value)
+        self.deviations = column_deviations(problem.structure, self.cost)
+        self.best = _Best()
+        self.delta = self._first_delta()
+        self.growth = GROWTH if np.count_nonzero(dual.multipliers) > 1 else GROWTH**2
+        self.stats: Stats = {"evaluations": dual.evaluations, "dual_bound": self.lower_bound}
+        for plan in dual.plans:
+            self._offer(plan)
+        if options.warm_start is not None:
+            self._offer(options.warm_start)
+
+    def run(self) -> Answer:
+        """Small programme, local search, large programme, residual."""
+        goal = self.options.rel_gap
+        polished = self.problem.columns <= POLISHED
+        finished = self._grow(SMALL, min(goal, PROOF_TOLERANCE / 10) if polished else goal)
+        if not finished and self._gap() > goal:
+            self._offer(relax_and_repair(self.problem, self.options).columns)
+            finished = self._grow(LARGE, goal)
+        infeasible = False
+        if not finished and self._gap() > goal and not self.options.clock.over:
+            infeasible = self._residual()
+        elif finished and self.best.columns is None:
+            infeasible = True
+        self.stats["kept_columns"] = int(np.count_nonzero(self.deviations <= self.best.loss - self.dual))
+        proven = infeasible or self._gap() <= goal + PROOF_TOLERANCE
+        limited = not proven and self.options.clock.over
+        return Answer(
+            columns=self.best.columns,
+            lower_bound=math.inf if infeasible else min(self.lower_bound, self.best.loss),
+            infeasible=infeasible,
+            optimal=proven and not infeasible,
+            limit=Limit.TIME if limited else Limit.NONE,
+            multipliers=self.multipliers,
+            stats=self.stats,
+        )
+
+    def _gap(self) -> float:
+        return relative_gap(self.best.loss, self.lower_bound)
+
+    def _offer(self, plan: Integers | None) -> None:
+        """Keep a plan if it meets the caps and is the best."""
+        if plan is None or not fits(self.problem, plan):
+            return
+        loss = math.fsum(self.problem.loss[plan].tolist())
+        if loss < self.best.loss:
+            self.best = _Best(plan, loss)
+
+    def _grow(self, limit: int, goal: float) -> bool:
+        """Run the programme with growing delta until the gap is at most `goal`.
+
+        Returns:
+            whether it is: False when the programme exceeds `limit`, or time is over. Without a plan, True says
+            that there is none.
+        """
+        delta = self._capped(self.delta)
+        rounds = int(self.stats.get("rounds", 0))
+        evaluate = self.problem.structure.evaluate
+        most = (-evaluate(-self.cost)[0] - evaluate(self.cost)[0]) * (1 + 1e-9)  # that any plan deviates
+        while self._gap() > goal:
+            if self.options.clock.over:
+                return False
+            rounds += 1
+            near = enumerate_configurations(self.problem, self.cost, delta, limit=self.problem.groups + CONFIGURATIONS)
+            found = search(self.problem, near, self.multipliers, delta, limit=limit, clock=self.options.clock)
+            before, self.delta = self.best.loss, delta
+            self._offer(found.columns)
+            self.stats |= {"rounds": rounds, "delta": delta, "configurations": near.count}
+            self.stats |= {"states": found.states, "pairs": found.pairs}
+            if found.complete:
+                self.lower_bound = max(self.lower_bound, min(self.dual + delta, self.best.loss))
+                if delta >= most and self.best.columns is None:
+                    return True
+                delta = self._capped(delta * self.growth)
+            elif not self.best.loss < before or self._capped(delta) > delta * 0.99:
+                return False
+            else:
+                delta = self._capped(delta)
+        return True
+
+    def _capped(self, delta: float) -> float:
+        """Delta, or the whole gap where that is not much larger."""
+        gap = max(self.best.loss - self.dual, 0.0)
+        return gap if gap <= delta * LAST_STEP else delta
+
+    def _first_delta(self) -> float:
+        """Delta at which few columns beyond the best ones come into play."""
+        positive = self.deviations[(self.deviations > 0) & np.isfinite(self.deviations)]
+        if positive.size > FIRST_COLUMNS:
+            least = float(np.partition(positive, FIRST_COLUMNS)[FIRST_COLUMNS])
+        else:
+            least = float(positive.max(initial=0.0))
+        return max(least, self.lower_bound - self.dual, abs(self.dual) * 1e-12, np.finfo(np.float64).tiny)
+
+    def _residual(self) -> bool:
+        """Hand what is left to a mixed-integer solver; True if it proves that there is no plan.
+
+        Columns that were fixed cost at least the gap, so its bound holds up to the best plan's loss.
+        """
+        kept = int(np.count_nonzero(self.deviations <= self.best.loss - self.dual))
+        if kept > MAX_RESIDUAL:
+            self.stats["residual_skipped"] = kept
+            return False
+        found = solve_residual(
+            self.problem,
+            self.deviations,
+            self.cost,
+            self.multipliers,
+            self.best.loss - self.dual,
+            self.options,
+        )
+        self.stats |= found.stats
+        self._offer(found.columns)
+        if found.infeasible and self.best.columns is None:
+            return True
+        bound = self.best.loss if found.infeasible else self.dual + found.bound
+        self.lower_bound = max(self.lower_bound, min(bound, self.best.loss))
+        return False

@@ -1,0 +1,98 @@
+"""Resampled sensitivities: robust plans are judged right, and stability counts what changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from msq.planner.budget import parse_budgets
+from msq.planner.errors import PlanError
+from msq.planner.problem_builder import BuiltProblem, build_problem
+from msq.planner.robust import robust_solution, sample_sensitivities, stability, standard_errors
+from msq.planner.solve import plan_of
+from msq.profiles.tables import save_profile
+from msq.solvers.registry import get_solver
+from msq.solvers.solution import Status
+
+
+@pytest.fixture
+def noisy(tmp_path, manifest, tables):
+    """A profile builder: relative standard errors from 0 to 1 times `scale`, different from layer to layer."""
+
+    def build(scale: float) -> BuiltProblem:
+        layers = tables["layers"]
+        share = np.random.default_rng(3).uniform(0, scale, len(layers))
+        frames = tables | {"layers": layers.assign(standard_error=layers["sensitivity"] * share)}
+        profile = save_profile(tmp_path / f"noisy-{scale}", manifest, **frames)
+        return build_problem(profile, parse_budgets(["memory=3bpw"]))
+
+    return build
+
+
+def test_samples_have_the_measured_moments(noisy) -> None:
+    built = noisy(0.2)
+    drawn = sample_sensitivities(built, 4000, 0)
+    assert (drawn >= 0).all()
+    measured = built.profile.layers["sensitivity"].to_numpy()
+    np.testing.assert_allclose(drawn.mean(axis=0), measured, atol=5 * standard_errors(built).max() / 60)
+    np.testing.assert_allclose(drawn.std(axis=0), standard_errors(built), rtol=0.1)
+    np.testing.assert_array_equal(drawn, sample_sensitivities(built, 4000, 0))
+
+
+def test_robust_plan_has_the_least_quantile(noisy) -> None:
+    built = noisy(1.0)
+    found = robust_solution(built, get_solver("exact"), quantile=0.9, samples=500, seed=1)
+    assert found.chosen.quantile == min(candidate.quantile for candidate in found.candidates)
+    assert found.chosen.quantile <= found.nominal.quantile
+    assert found.nominal.margin == 0
+    assert found.chosen.loss >= found.nominal.loss
+    # judged by hand: each layer's share of the loss is its sampled sensitivity times its error
+    plan = plan_of(built, found.solution)
+    profile = built.profile
+    error = np.array(
+        [profile.error_matrix[row, profile.labels.index(entry.quantizer)] for row, entry in enumerate(plan.layers)]
+    )
+    losses = sample_sensitivities(built, 500, 1) @ error
+    assert found.chosen.quantile == pytest.approx(np.quantile(losses, 0.9))
+    assert found.solution.objective == pytest.approx(plan.promised.loss)
+    assert found.solution.lower_bound <= found.nominal.loss
+
+
+def test_without_noise_everything_stays(noisy) -> None:
+    built = noisy(0.0)
+    found = robust_solution(built, get_solver("exact"), samples=10)
+    assert found.chosen.margin == 0
+    assert found.solution.status is Status.OPTIMAL
+    still = stability(built, found.solution.columns, get_solver("exact"), samples=3)
+    assert still.changes.tolist() == [0.0] * len(built.profile.layers)
+    assert still.regret.tolist() == [0.0] * 3
+
+
+def test_noise_moves_choices(noisy) -> None:
+    built = noisy(1.0)
+    plan = get_solver("exact").solve(built.problem)
+    moved = stability(built, plan.columns, get_solver("exact"), samples=20, seed=2)
+    assert moved.samples == 20
+    assert 0 < moved.changes.max() <= 1
+    assert (moved.regret >= -1e-9).all()
+    assert moved.regret.max() > 0
+
+
+def test_bad_input_is_explained(noisy, profile) -> None:
+    built = noisy(0.5)
+    solver = get_solver("exact")
+    with pytest.raises(PlanError, match="expected a quantile between 0 and 1"):
+        robust_solution(built, solver, quantile=1.0)
+    with pytest.raises(PlanError, match="expected margins of at least 0"):
+        robust_solution(built, solver, margins=[-1.0])
+    with pytest.raises(PlanError, match="expected at least one sample"):
+        robust_solution(built, solver, samples=0)
+    bare = build_problem(profile, parse_budgets(["memory=3bpw"]))
+    with pytest.raises(PlanError, match="has no standard errors"):
+        robust_solution(bare, solver)
+    tight = build_problem(built.profile, parse_budgets(["memory=1bpw"]))
+    with pytest.raises(PlanError, match="found no plan"):
+        robust_solution(tight, solver)
+    with pytest.raises(PlanError, match="no sample could be planned"):
+        stability(tight, tight.problem.structure.evaluate(tight.problem.loss)[1], solver, samples=2)
+    with pytest.raises(PlanError, match="expected the columns of a plan"):
+        stability(built, [0], solver)

@@ -34,12 +34,16 @@ GROWTH = 2.0
 """Factor of delta from round to round; its square with one resource, whose programme grows slowly."""
 POLISHED = 500_000
 """Columns up to which the programme goes on below the asked gap; beyond, every round takes a tenth of a second."""
+NEAR = 0.05
+"""Delta goes at least so far beyond the least that a plan deviates by, relative."""
 LAST_STEP = 1.25
 """Delta is set to the whole gap if that takes no more than this factor."""
 MAX_RESIDUAL = 5_000
 """Most columns of the residual: HiGHS doesn't stop near its time limit in the presolve of much larger ones."""
 SMALL, LARGE = 150_000, 400_000
 """Partial plans of the same groups: what is always tried, and what is tried for the asked gap."""
+ALL_SMALL, ALL_LARGE = 5_000_000, 50_000_000
+"""Partial plans of all groups together, likewise, where several resources have a price: a million take two seconds."""
 CONFIGURATIONS = 20_000
 """Most configurations of the programme, beyond one for every group."""
 
@@ -91,10 +95,10 @@ class _Proof:
         """Small programme, local search, large programme, residual."""
         goal = self.options.rel_gap
         polished = self.problem.columns <= POLISHED
-        finished = self._grow(SMALL, min(goal, PROOF_TOLERANCE / 10) if polished else goal)
+        finished = self._grow(SMALL, ALL_SMALL, min(goal, PROOF_TOLERANCE / 10) if polished else goal)
         if not finished and self._gap() > goal:
             self._offer(relax_and_repair(self.problem, self.options).columns)
-            finished = self._grow(LARGE, goal)
+            finished = self._grow(LARGE, ALL_LARGE, goal)
         infeasible = False
         if not finished and self._gap() > goal and not self.options.clock.over:
             infeasible = self._residual()
@@ -124,12 +128,12 @@ class _Proof:
         if loss < self.best.loss:
             self.best = _Best(plan, loss)
 
-    def _grow(self, limit: int, goal: float) -> bool:
+    def _grow(self, limit: int, total: int, goal: float) -> bool:
         """Run the programme with growing delta until the gap is at most `goal`.
 
         Returns:
-            whether it is: False when the programme exceeds `limit`, or time is over. Without a plan, True says
-            that there is none.
+            whether it is: False when the programme exceeds `limit` or `total`, or time is over. Without a plan,
+            True says that there is none.
         """
         delta = self._capped(self.delta)
         rounds = int(self.stats.get("rounds", 0))
@@ -140,7 +144,11 @@ class _Proof:
                 return False
             rounds += 1
             near = enumerate_configurations(self.problem, self.cost, delta, limit=self.problem.groups + CONFIGURATIONS)
-            found = search(self.problem, near, self.multipliers, delta, limit=limit, clock=self.options.clock)
+            most_states = limit
+            if np.count_nonzero(self.multipliers) > 1:
+                open_groups = np.unique(near.group[1:][np.diff(near.group) == 0]).size
+                most_states = min(limit, total // max(open_groups, 1))
+            found = search(self.problem, near, self.multipliers, delta, limit=most_states, clock=self.options.clock)
             before, self.delta = self.best.loss, delta
             self._offer(found.columns)
             self.stats |= {"rounds": rounds, "delta": delta, "configurations": near.count}
@@ -149,12 +157,19 @@ class _Proof:
                 self.lower_bound = max(self.lower_bound, min(self.dual + delta, self.best.loss))
                 if delta >= most and self.best.columns is None:
                     return True
-                delta = self._capped(delta * self.growth)
-            elif not self.best.loss < before or self._capped(delta) > delta * 0.99:
+                delta = self._capped(self._grown(delta, found.least))
+                continue
+            if near.complete:
+                self.lower_bound = max(self.lower_bound, min(self.dual + min(found.least, delta), self.best.loss))
+            if not self.best.loss < before or self._capped(delta) > delta * 0.99:
                 return False
-            else:
-                delta = self._capped(delta)
+            delta = self._capped(delta)
         return True
+
+    def _grown(self, delta: float, least: float) -> float:
+        """The next delta: partial plans become many with what it leaves above the least that a plan deviates by."""
+        beyond = max(delta - least, NEAR * least)
+        return max(min(least + self.growth * beyond, delta * self.growth), delta * LAST_STEP)
 
     def _capped(self, delta: float) -> float:
         """Delta, or the whole gap where that is not much larger."""

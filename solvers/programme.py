@@ -11,6 +11,7 @@ deviation), this lists the root of what two halves, each within delta, would (Ho
 
 Partial plans are dropped when they
 
+- have no continuation within delta that keeps one of the resources exactly (see `completion`);
 - deviate by too much at any of several other prices: with prices mu, dual value theta(mu) and deviations d_mu, a
   plan below ``dual + delta`` has ``theta(mu) + sum d_mu <= dual + delta``;
 - are beaten by another partial plan of the same groups in loss and in every resource.
@@ -18,27 +19,25 @@ Partial plans are dropped when they
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from .clock import Clock
+from .completion import Completion, Staircase
 from .configurations import Configurations
 from .dominance import undominated
 from .join import best_pair
+from .partial_plans import SLACK, Alternatives, Partial, Prices
 from .problem import Problem
 from .reach import fits
 from .structure import Floats, Integers
 
-Indices = npt.NDArray[np.int32]
-
-SLACK = 1e-9
-"""Deviations up to this much above delta, relative, are kept, so that rounding loses no plan."""
 BLOCKS, FEW_BLOCKS = 20, 5
 """Most places where prefixes and suffixes meet, in large programmes and in small ones: joining costs time too.
 Between them prefixes may deviate by delta."""
+MOST_GROUPS = 1000
+"""Groups up to which continuations are bounded with one resource kept exactly."""
 SMALL = 20.0
 """Logarithm of the number of plans within delta up to which a programme is small."""
 
@@ -50,170 +49,17 @@ class Found:
     Attributes:
         columns: best plan within delta that meets the caps, ascending; None if there is none.
         complete: nothing was left out, so no plan of loss below ``dual + delta`` is better.
+        least: up to delta, every plan that meets the caps has at least this much loss above the dual; an estimate of
+            it beyond delta.
         states: partial plans listed.
         pairs: pairs looked at.
     """
 
     columns: Integers | None
     complete: bool
+    least: float
     states: int
     pairs: int
-
-
-@dataclass(frozen=True, eq=False)
-class Partial:
-    """Partial plans of some groups, sorted by deviation, relative to the best configurations.
-
-    Attributes:
-        deviation: (states,) sum of deviations at the dual's prices.
-        loss: (states,) change of loss.
-        usage: (resources, states) change of use.
-        spent: (prices,) least priced change of loss of these groups, see `_Prices`.
-        previous: partial plans that these extend by one group; None for the empty one.
-        parents, choices: (states,) the state in `previous`, and the configuration added to it.
-        complete: no partial plan was left out for want of space.
-    """
-
-    deviation: Floats
-    loss: Floats
-    usage: Floats
-    spent: Floats
-    previous: Partial | None
-    parents: Indices
-    choices: Indices
-    complete: bool = True
-
-    @classmethod
-    def empty(cls, resources: int, prices: int) -> Partial:
-        """The one partial plan of no groups."""
-        nothing = np.zeros(1, dtype=np.int32)
-        return cls(np.zeros(1), np.zeros(1), np.zeros((resources, 1)), np.zeros(prices), None, nothing, nothing)
-
-    @property
-    def states(self) -> int:
-        """Number of partial plans."""
-        return int(self.deviation.size)
-
-    def part(self, first: int, last: int) -> Partial:
-        """The states [first, last)."""
-        kept = slice(first, last)
-        return Partial(
-            self.deviation[kept],
-            self.loss[kept],
-            self.usage[:, kept],
-            self.spent,
-            self.previous,
-            self.parents[kept],
-            self.choices[kept],
-            self.complete,
-        )
-
-    def within(self, most: float) -> Partial:
-        """The states that deviate by at most `most`."""
-        return self.part(0, int(np.searchsorted(self.deviation, most, side="right")))
-
-    def choices_of(self, state: int) -> Iterator[int]:
-        """The configurations of one partial plan."""
-        level = self
-        while level.previous is not None:
-            yield int(level.choices[state])
-            state = int(level.parents[state])
-            level = level.previous
-
-
-@dataclass(frozen=True, eq=False)
-class _Alternatives:
-    """Open groups and their configurations, the group whose second configuration deviates most first.
-
-    Attributes:
-        base: (groups,) the first configuration of each group, which others are relative to.
-        members: for each open group, its configurations that aren't dominated, by rising deviation.
-        loss: (configurations,) relative to the group's base.
-        usage: (resources, configurations) likewise, resources of few different values first.
-        order: (resources,) resource of each row of `usage`.
-    """
-
-    base: Integers
-    members: list[Integers]
-    loss: Floats
-    usage: Floats
-    order: Integers
-
-    @classmethod
-    def build(cls, configurations: Configurations, groups: int, resources: Integers) -> _Alternatives:
-        start = np.searchsorted(configurations.group, np.arange(groups + 1))
-        base = start[:-1]
-        own = base[configurations.group]
-        loss = configurations.loss - configurations.loss[own]
-        usage = configurations.usage[resources] - configurations.usage[np.ix_(resources, own)]
-        few_first = np.argsort([np.unique(use).size for use in usage], kind="stable")
-        order, usage = resources[few_first], usage[few_first]
-        members = []
-        for group in np.flatnonzero(np.diff(start) > 1).tolist():
-            first, last = int(start[group]), int(start[group + 1])
-            members.append(first + undominated(loss[first:last], usage[:, first:last]))
-        deviation = configurations.deviation
-        members.sort(key=lambda part: -float(deviation[part[min(1, part.size - 1)]]))
-        return cls(base, members, loss, usage, order)
-
-
-@dataclass(frozen=True, eq=False)
-class _Prices:
-    """Other prices, by which partial plans are cut off too.
-
-    Attributes:
-        prices: (prices, resources).
-        least: (prices, open groups) least priced change of loss in each group.
-        slack: (prices,) what the deviations of a plan below ``dual + delta`` may sum to.
-    """
-
-    prices: Floats
-    least: Floats
-    slack: Floats
-
-    @classmethod
-    def build(cls, alternatives: _Alternatives, room: Floats, multipliers: Floats, delta: float) -> _Prices:
-        """Prices around the dual's, each as far away as costs about delta of the dual value.
-
-        Args:
-            alternatives: open groups.
-            room: (resources,) room left by the base configurations.
-            multipliers: (resources,) the dual's prices, both in the order of the alternatives.
-            delta: see the module.
-        """
-        own = float(multipliers @ room)
-
-        def value(prices: Floats) -> tuple[float, Floats]:
-            """theta(prices) - theta(multipliers), and the least priced change of each group."""
-            cost = alternatives.loss + prices @ alternatives.usage
-            least = np.array([cost[part].min() for part in alternatives.members])
-            return float(least.sum()) - float(prices @ room) + own, least
-
-        found, least, slack = [], [], []
-        # with one resource a partial plan is hardly ever cut off by its price: dominance leaves a staircase
-        for resource in np.flatnonzero(multipliers > 0).tolist() if multipliers.size > 1 else []:
-            for sign in (1.0, -1.0):
-                step = 0.5
-                for _ in range(24):
-                    prices = multipliers.copy()
-                    prices[resource] *= 1 + sign * step
-                    theta, each = value(prices)
-                    if theta >= -delta:
-                        break
-                    step /= 2
-                found.append(prices)
-                least.append(each)
-                slack.append(delta * (1 + SLACK) - theta)
-        shape = (len(found), multipliers.size)
-        groups = len(alternatives.members)
-        return cls(np.reshape(found, shape), np.reshape(least, (len(found), groups)), np.array(slack))
-
-    def within(self, loss: Floats, usage: Floats, spent: Floats) -> Integers:
-        """Which partial plans don't deviate too much at any price, ascending; arguments as in `Partial`."""
-        kept = np.ones(loss.size, dtype=bool)
-        for prices, slack in zip(self.prices, self.slack + spent, strict=True):
-            kept &= loss + prices @ usage <= slack
-        return np.flatnonzero(kept)
 
 
 def search(
@@ -259,27 +105,31 @@ class _Search:
         limit: int,
     ) -> None:
         self.configurations, self.limit = configurations, limit
-        self.alternatives = _Alternatives.build(configurations, problem.groups, resources)
+        self.alternatives = Alternatives.build(configurations, problem.groups, resources)
         order = self.alternatives.order
         rounding = 0.5e-12 * np.abs(problem.caps)
         base = configurations.usage[:, self.alternatives.base].sum(axis=1)
         self.room = (problem.room + rounding - base)[order]
         self.multipliers = multipliers[order]
-        self.prices = _Prices.build(self.alternatives, self.room, self.multipliers, delta)
+        self.prices = Prices.build(self.alternatives, self.room, self.multipliers, delta)
         self.most = delta * (1 + SLACK)
+        self.least, self.completions = self._completions(self.alternatives)
         self.states = 0
         self.blocks = self._blocks(delta)
 
     def run(self, clock: Clock) -> Found:
         """Suffixes backwards, then prefixes forwards, joined after every block."""
+        if self.least > self.most:
+            return Found(None, self.configurations.complete, self.least, 0, 0)
         start = Partial.empty(self.room.size, self.prices.slack.size)
         suffixes = [start]
         for position in range(len(self.blocks) - 1, 0, -1):
             suffix = suffixes[-1].within(self.most * self.blocks[position - 1][1])
             for group in reversed(self.blocks[position][0]):
                 if clock.over:
-                    return Found(None, False, self.states, 0)
-                suffix = self._extended(suffix, group, self.most * self.blocks[position - 1][1])
+                    return Found(None, False, self.least, self.states, 0)
+                rests = [completion.before[group] for completion in self.completions]
+                suffix = self._extended(suffix, group, self.most * self.blocks[position - 1][1], rests)
             suffixes.append(suffix)
         suffixes.reverse()
         prefix, delta, pairs, best = start, self.most, 0, np.inf
@@ -288,8 +138,9 @@ class _Search:
         for (groups, share), suffix in zip(self.blocks, suffixes, strict=True):
             for group in groups:
                 if clock.over:
-                    return Found(self._columns(chosen), False, self.states, pairs)
-                prefix = self._extended(prefix, group, delta)
+                    return Found(self._columns(chosen), False, self.least, self.states, pairs)
+                rests = [completion.behind[group + 1] for completion in self.completions]
+                prefix = self._extended(prefix, group, delta, rests)
             last = suffix is suffixes[-1]
             kept = 0 if last else prefix.within(self.most * (1 - share)).states
             done = prefix.part(kept, prefix.states)
@@ -303,7 +154,7 @@ class _Search:
                     # what a plan deviates by, unused room included, is its change of loss and the priced room
                     delta = min(delta, (best + float(self.multipliers @ self.room)) * (1 + SLACK))
             prefix = prefix.part(0, kept)
-        return Found(self._columns(chosen), complete, self.states, pairs)
+        return Found(self._columns(chosen), complete, self.least, self.states, pairs)
 
     def _blocks(self, delta: float) -> list[tuple[list[int], float]]:
         """Consecutive open groups, and the share of delta left to the suffixes behind each block's end.
@@ -340,8 +191,25 @@ class _Search:
             (list(range(first, last + 1)), each) for first, last, each in zip(starts, ends.tolist(), share, strict=True)
         ]
 
-    def _extended(self, partial: Partial, group: int, most: float) -> Partial:
-        """The partial plans with one more group, as far as they deviate by at most `most`."""
+    def _completions(self, alternatives: Alternatives) -> tuple[float, list[Completion]]:
+        """Least that a plan may deviate, and bounds on continuations for every resource with a price.
+
+        None where one resource alone has a price, since dominance leaves a staircase there anyway, and none for very
+        many groups, among which even large steps of a resource add up to almost anything.
+        """
+        priced = np.flatnonzero(self.multipliers > 0).tolist()
+        if len(priced) < 2 or len(alternatives.members) > MOST_GROUPS:
+            return 0.0, []
+        arguments = (alternatives.members, alternatives.loss, alternatives.usage, self.room, self.multipliers)
+        completions = [Completion(resource, *arguments, self.most) for resource in priced]
+        return max(0.0, *(completion.least for completion in completions)), completions
+
+    def _extended(self, partial: Partial, group: int, most: float, rests: list[Staircase]) -> Partial:
+        """The partial plans with one more group, as far as they deviate by at most `most`.
+
+        Args:
+            rests: what each of the completions knows of the groups that are still open.
+        """
         alternatives, deviation = self.alternatives, self.configurations.deviation
         members = alternatives.members[group]
         counts = np.searchsorted(partial.deviation, most - deviation[members], side="right")
@@ -358,6 +226,8 @@ class _Search:
         total = partial.deviation[parents] + deviation[choices]
         spent = partial.spent + self.prices.least[:, group]
         kept = self.prices.within(loss, usage, spent)
+        for completion, rest in zip(self.completions, rests, strict=True):
+            kept = kept[completion.within(loss[kept], usage[:, kept], rest)]
         kept = kept[undominated(loss[kept], usage[:, kept])]
         kept = kept[np.argsort(total[kept], kind="stable")]
         if kept.size > self.limit:

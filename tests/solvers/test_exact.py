@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise, product
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from msq.solvers import dominance, exact, join, programme
+from msq.solvers import completion, dominance, exact, join, programme
 from msq.solvers.clock import Clock
+from msq.solvers.completion import Completion
 from msq.solvers.configurations import enumerate_configurations
 from msq.solvers.dominance import undominated
 from msq.solvers.dual import priced, solve_dual
@@ -97,8 +99,10 @@ def test_best_pair_is_the_best_of_all_pairs(monkeypatch, resources, seed, direct
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("resources", [1, 2, 3])
-def test_search_finds_the_best_plan_within_delta(monkeypatch, make_random, plans, seed, resources) -> None:
+@pytest.mark.parametrize("stairs", [0, 10**6])
+def test_search_finds_the_best_plan_within_delta(monkeypatch, make_random, plans, seed, resources, stairs) -> None:
     monkeypatch.setattr(programme, "FEW_BLOCKS", 1 + seed % 4)
+    monkeypatch.setattr(completion, "MOST_STAIRS", stairs)
     problem = make_random(seed, resources, 0.6)
     dual = solve_dual(problem, Clock())
     cost = priced(problem, dual.multipliers)
@@ -116,6 +120,25 @@ def test_search_finds_the_best_plan_within_delta(monkeypatch, make_random, plans
         if within:
             assert found.columns is not None
             assert problem.loss[found.columns].sum() == pytest.approx(min(within))
+            assert found.least <= min(within) + dual.multipliers @ problem.room - base + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_staircases_are_the_cheapest_continuations(seed) -> None:
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 4, 5)
+    start = np.concatenate(([0], np.cumsum(sizes)))
+    members = [np.arange(low, high) for low, high in pairwise(start)]
+    loss, usage = random.normal(0, 1, start[-1]), random.normal(0, 2, (2, start[-1])).round(int(random.integers(0, 3)))
+    room, prices = random.normal(0, 2, 2), random.uniform(0.1, 1, 2)
+    stairs = Completion(0, members, loss, usage, room, prices, delta=1e9)
+    cost = loss + prices[1] * usage[1]
+    for place in range(len(members) + 1):
+        for found, part in ((stairs.behind, members[place:]), (stairs.before, members[:place])):
+            rests = [(sum(usage[0, c] for c in rest), sum(cost[c] for c in rest)) for rest in product(*part)]
+            for x in random.normal(0, 6, 10):
+                least = min((price for use, price in rests if use <= x), default=math.inf)
+                assert found[place].least_cost(np.array([x]))[0] == pytest.approx(least)
 
 
 def test_search_without_enough_states_says_so(make_random) -> None:

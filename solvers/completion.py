@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .dominance import staircase
 from .structure import Floats, Integers
 
 
@@ -36,14 +37,8 @@ class Staircase:
         use = (usage[:, None] + self.usage).ravel()  # one rising run after the other: quick to sort
         costs = (cost[:, None] + self.cost).ravel()
         kept = np.flatnonzero(costs + price * use <= most)
-        order = kept[np.argsort(use[kept], kind="stable")]
-        use, costs = use[order], np.minimum.accumulate(costs[order])
-        lower = np.ones(order.size, dtype=bool)
-        lower[1:] = costs[1:] < costs[:-1]
-        use, costs = use[lower], costs[lower]
-        last = np.ones(use.size, dtype=bool)
-        last[:-1] = use[1:] > use[:-1]
-        return Staircase(use[last], costs[last])
+        order = kept[staircase(costs[kept], use[kept])]
+        return Staircase(use[order], costs[order])
 
 
 MOST_STAIRS = 2_000_000

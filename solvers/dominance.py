@@ -26,12 +26,24 @@ def undominated(loss: Floats, usage: Floats) -> Integers:
     """
     if loss.size <= 1:
         return np.arange(loss.size)
-    if usage.shape[0] > 1 and loss.size <= PAIRWISE:
-        return _pairwise(loss, usage)
     if usage.shape[0] == 1:
-        return _by_runs(loss, usage)
+        return np.sort(staircase(loss, usage[0]))
+    if loss.size <= PAIRWISE:
+        return _pairwise(loss, usage)
     kept = _by_grid(loss, usage)
     return kept[_by_runs(loss[kept], usage[:, kept])]
+
+
+def staircase(loss: Floats, usage: Floats) -> Integers:
+    """As `undominated` for one resource, in the order of rising use and falling loss."""
+    order = np.argsort(usage, kind="stable")
+    loss, usage = loss[order], usage[order]
+    lower = np.ones(order.size, dtype=bool)
+    lower[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
+    order, usage = order[lower], usage[lower]
+    last = np.ones(order.size, dtype=bool)
+    last[:-1] = usage[1:] > usage[:-1]
+    return np.asarray(order[last])
 
 
 def _pairwise(loss: Floats, usage: Floats) -> Integers:
@@ -47,11 +59,7 @@ def _by_runs(loss: Floats, usage: Floats) -> Integers:
     order = np.lexsort((loss, *usage[::-1]))
     rank = np.empty(loss.size, dtype=np.int64)
     rank[np.argsort(loss[order], kind="stable")] = np.arange(loss.size)
-    if usage.shape[0] == 1:
-        run = np.zeros(loss.size, dtype=np.int64)
-    else:
-        others = usage[:-1, order]
-        run = np.concatenate(([0], np.cumsum((np.diff(others, axis=1) != 0).any(axis=0))))
+    run = np.concatenate(([0], np.cumsum((np.diff(usage[:-1, order], axis=1) != 0).any(axis=0))))
     # ranks, so that equal losses differ, lowered from run to run, so that one running minimum serves all runs
     key = rank - run * loss.size
     least = np.minimum.accumulate(key)

@@ -225,7 +225,7 @@ class _Search:
         usage = partial.usage[:, parents] + alternatives.usage[:, choices]
         total = partial.deviation[parents] + deviation[choices]
         spent = partial.spent + self.prices.least[:, group]
-        kept = self.prices.within(loss, usage, spent)
+        kept = self.prices.within(loss, usage, spent) if self.prices.slack.size else np.arange(loss.size)
         for completion, rest in zip(self.completions, rests, strict=True):
             kept = kept[completion.within(loss[kept], usage[:, kept], rest)]
         kept = kept[undominated(loss[kept], usage[:, kept])]

@@ -7,22 +7,18 @@ met. With `--json`, stdout holds one JSON object and nothing else; progress and 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__
-
-if TYPE_CHECKING:
-    from .planner.plan import Plan
-    from .profiles.tables import Profile
+from . import __version__, cli_planning
+from .cli_options import Device, Json, Quantizers, Seed, Window, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
 
@@ -35,28 +31,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ProfileDir = Annotated[Path, typer.Option("--profile", help="Directory of a profile.")]
-Budgets = Annotated[
-    list[str],
-    typer.Option("--budget", help='"memory=3.25bpw", "memory=4.2GiB", "latency=5ms", "latency=200tps@8"; repeatable.'),
-]
-Quantizers = Annotated[str | None, typer.Option(help='Comma-separated globs on labels, e.g. "tcq-*,nuq-4".')]
-Implementations = Annotated[
-    str | None, typer.Option(help="Comma-separated kernels to consider; default: all measured.")
-]
-Fusion = Annotated[bool, typer.Option("--fusion/--no-fusion", help="Whether layers may run as one kernel.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-TimeLimit = Annotated[float, typer.Option(help="Seconds for a solver.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
-Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
-
 
 def main() -> None:
     """Entry point of the `msq` command: known errors become one sentence and an exit code."""
     # Before torch loads its threads: let them sleep at barriers. Spinning makes the many small steps of the trellis
     # search 20 times slower as soon as another process wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .experiments.errors import ChartError
     from .kernels.errors import QuantizerError
     from .planner.errors import InfeasibleBudgetError, PlanError
     from .planner.executor.errors import CheckpointError
@@ -67,7 +48,7 @@ def main() -> None:
         app()
     except InfeasibleBudgetError as cause:
         _fail(cause, INFEASIBLE)
-    except (QuantizerError, SolverError, ProfileError, PlanError, CheckpointError) as cause:
+    except (QuantizerError, SolverError, ProfileError, PlanError, CheckpointError, ChartError) as cause:
         _fail(cause, BAD_INPUT)
     except (OSError, MemoryError) as cause:  # a full disk, a path too long: nothing that a command foresees everywhere
         _fail(cause, BAD_INPUT)
@@ -76,26 +57,6 @@ def main() -> None:
 def _fail(cause: Exception, code: int) -> None:
     print(f"msq: {' '.join(str(cause).split())}", file=sys.stderr)
     sys.exit(code)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _note(text: str) -> None:
-    """A message for people, off stdout."""
-    print(text, file=sys.stderr)
-
-
-def _names(text: str | None) -> tuple[str, ...] | None:
-    """A comma-separated option; None stays None."""
-    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _load(profile: Path) -> Profile:
-    from .profiles.tables import load_profile
-
-    return load_profile(profile)
 
 
 @app.callback(invoke_without_command=True)
@@ -146,147 +107,20 @@ def profile(
     try:
         done = run_profile(resolve_model(model), out, settings, name=model, restart=restart)
     except KeyboardInterrupt:
-        _note(f"\nmsq: interrupted; finished rows are in {out}, the same command goes on from them.")
+        note(f"\nmsq: interrupted; finished rows are in {out}, the same command goes on from them.")
         sys.exit(130)
-    for note in filter(None, map(rotation_note, sorted(set(done.layers["in_features"])))):
-        _note(f"msq: {note}.")
+    for remark in filter(None, map(rotation_note, sorted(set(done.layers["in_features"])))):
+        note(f"msq: {remark}.")
     facts = {"profile": str(out), "digest": done.digest, "layers": len(done.layers), "quantizers": len(done.quantizers)}
     if json_output:
-        _print_json(facts)
+        print_json(facts)
     else:
         print(f"profile of {facts['layers']} layers x {facts['quantizers']} quantizers in {out}")
 
 
-@app.command()
-def plan(
-    profile: ProfileDir,
-    budget: Budgets,
-    quantizers: Quantizers = None,
-    implementations: Implementations = None,
-    fusion: Fusion = True,
-    solver: Annotated[str, typer.Option(help="Backend; `msq doctor` lists them.")] = "lagrangian",
-    time_limit: TimeLimit = 60.0,
-    seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the plan here (YAML).")] = None,
-    json_output: Json = False,
-) -> None:
-    """Find the assignment of least loss within memory and latency budgets."""
-    from .planner.budget import parse_budgets
-    from .planner.plan import save_plan
-    from .planner.solve import make_plan, plan_json
-
-    found = make_plan(
-        _load(profile),
-        parse_budgets(budget),
-        quantizers=quantizers,
-        implementations=_names(implementations),
-        fusion=fusion,
-        solver=solver,
-        time_limit=time_limit,
-        seed=seed,
-    )
-    if out is not None:
-        save_plan(found, out)
-    if json_output:
-        _print_json(plan_json(found))
-    else:
-        _print_plan(found)
-
-
-def _print_plan(found: Plan) -> None:
-    from .experiments.plan_map import plan_map
-
-    console = Console()
-    console.print(plan_map(found))
-    promised, report = found.promised, found.solver
-    bound = "no bound" if report.gap is None else f"proven gap {100 * report.gap:.3g}% of it"
-    print(f"loss {promised.loss:.6g} ({report.status}, {bound}; {report.name}, {report.seconds:.2f} s)")
-    print(f"memory {promised.memory_bytes} bytes, {promised.bits_per_weight:.4f} bits per weight")
-    for batch, latency in promised.latency_us.items():
-        shown = "not profiled" if latency is None else f"{latency:.1f} us a step, {batch * 1e6 / latency:.1f} tokens/s"
-        print(f"latency at batch {batch}: {shown} on {found.profile.device}")
-
-
-@app.command()
-def frontier(
-    profile: ProfileDir,
-    resource: Annotated[str, typer.Option(help="memory or latency.")],
-    out: Annotated[Path, typer.Option(help="CSV file to write.")],
-    batch_size: Annotated[int, typer.Option(help="Batch size, for latency.")] = 1,
-    quantizers: Quantizers = None,
-    implementations: Implementations = None,
-    fusion: Fusion = True,
-    json_output: Json = False,
-) -> None:
-    """Every break point of least loss against memory or latency."""
-    from .planner.errors import PlanError
-    from .planner.frontier import frontier_table
-    from .profiles.files import write_atomic
-
-    table = frontier_table(
-        _load(profile),
-        resource,
-        batch_size=batch_size,
-        quantizers=quantizers,
-        implementations=_names(implementations),
-        fusion=fusion,
-    )
-    write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)
-    if json_output:
-        _print_json({"frontier": str(out), "points": len(table)})
-    else:
-        print(f"{len(table)} break points in {out}")
-
-
-@app.command()
-def compare(
-    profile: ProfileDir,
-    budget: Budgets,
-    solvers: Annotated[str | None, typer.Option(help="Comma-separated backends; default: all.")] = None,
-    quantizers: Quantizers = None,
-    implementations: Implementations = None,
-    fusion: Fusion = True,
-    time_limit: TimeLimit = 60.0,
-    seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the comparison here (CSV).")] = None,
-    json_output: Json = False,
-) -> None:
-    """Solver strategies side by side on the same budgets."""
-    import pandas as pd
-
-    from .experiments.compare import compare_solvers
-    from .planner.budget import parse_budgets
-    from .planner.errors import InfeasibleBudgetError, PlanError
-    from .profiles.files import write_atomic
-
-    rows = compare_solvers(
-        _load(profile),
-        parse_budgets(budget),
-        solvers=_names(solvers),
-        quantizers=quantizers,
-        implementations=_names(implementations),
-        fusion=fusion,
-        time_limit=time_limit,
-        seed=seed,
-    )
-    if all(row.status == "infeasible" for row in rows):
-        raise InfeasibleBudgetError(
-            f"every solver proves that {' and '.join(budget)} can't be met; `msq plan` says what can."
-        )
-    if out is not None:
-        table = pd.DataFrame([asdict(row) for row in rows])
-        write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)
-    if json_output:
-        _print_json({"budgets": budget, "solvers": [asdict(row) for row in rows]})
-        return
-    shown = Table("solver", "status", "loss", "lower bound", "gap", "caps kept", "seconds", box=None)
-    for row in rows:
-        numbers = (f"{x:.6g}" if x is not None else "-" for x in (row.objective, row.lower_bound))
-        gap = "-" if row.gap is None else f"{row.gap:.1e}"
-        kept = {None: "-", True: "yes", False: "no"}[row.within_caps]
-        seconds = "-" if row.seconds is None else f"{row.seconds:.3f}"
-        shown.add_row(row.solver, row.status + (f": {row.remark}" if row.remark else ""), *numbers, gap, kept, seconds)
-    Console().print(shown)
+app.command()(cli_planning.plan)
+app.command()(cli_planning.frontier)
+app.command()(cli_planning.compare)
 
 
 @app.command()
@@ -311,7 +145,7 @@ def apply(
         "layers": len(applied.errors),
     }
     if json_output:
-        _print_json(facts)
+        print_json(facts)
     else:
         print(f"{facts['layers']} layers in {applied.memory_bytes} bytes, as promised; checkpoint in {out}")
 
@@ -337,7 +171,7 @@ def evaluate(
     against = None if reference is None else load_any(resolve_model(reference), device)
     result = run(load_any(directory, device), tokens, reference=against)
     if json_output:
-        _print_json(asdict(result))
+        print_json(asdict(result))
         return
     print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens in windows of {window}")
     if result.kl is not None:
@@ -361,7 +195,7 @@ def generate(
     directory = resolve_model(checkpoint)
     text = generate_text(load_any(directory, device), load_tokenizer(directory), prompt, max_tokens)
     if json_output:
-        _print_json({"prompt": prompt, "text": text})
+        print_json({"prompt": prompt, "text": text})
     else:
         print(prompt + text)
 
@@ -373,7 +207,7 @@ def doctor(json_output: Json = False) -> None:
 
     findings = examine()
     if json_output:
-        _print_json({"msq": __version__, "findings": [asdict(finding) for finding in findings]})
+        print_json({"msq": __version__, "findings": [asdict(finding) for finding in findings]})
         return
     table = Table("", "what", "detail", title=f"msq {__version__}", title_justify="left")
     for finding in findings:

@@ -29,7 +29,7 @@ from ..kernels.rotation import input_seed
 from ..planner.budget import parse_budgets
 from ..planner.executor.apply import apply_plan
 from ..planner.executor.load import load_checkpoint
-from ..planner.solve import make_plan
+from ..planner.solve import find_plan
 from ..profiles.blockwise import BlockwiseModel
 from ..profiles.inventory import inventory
 from ..profiles.job import ProfileSettings, describe_device, run_profile
@@ -107,7 +107,7 @@ def build_and_measure(
     device: str,
 ) -> dict[str, object]:
     """Plan, build and measure one scheme: promised and stored bytes, promised loss, KL, perplexity."""
-    plan = make_plan(profile, parse_budgets([budget]), solver=solver)
+    plan = find_plan(profile, parse_budgets([budget]), solver=solver).plan
     applied = apply_plan(directory, plan, out, device=device)
     measured = evaluate(load_checkpoint(out, device=device), windows, reference=model)
     return {

@@ -24,7 +24,7 @@ from ..planner.errors import PlanError
 from ..planner.executor.apply import apply_plan
 from ..planner.executor.load import load_checkpoint
 from ..planner.plan import Plan, save_plan
-from ..planner.solve import make_plan
+from ..planner.solve import find_plan
 from ..profiles.job import ProfileSettings, run_profile
 from ..profiles.model_source import resolve_model
 from ..profiles.models import choose_device, load_model, load_tokenizer, windows_of
@@ -74,9 +74,9 @@ def run_demo(out: Path) -> list[DemoRow]:
         f"{MODEL}: palette {PALETTE}, trellis state of {STATE_BITS} bits (16 is the default; 12 encodes faster)"
     )
     profile = _profile(directory, out / "profile")
-    uniform = make_plan(profile, parse_budgets([BUDGET]), solver="uniform")
+    uniform = find_plan(profile, parse_budgets([BUDGET]), solver="uniform").plan
     same_bytes = parse_budgets([f"memory={uniform.promised.memory_bytes}B"])
-    mixed = make_plan(profile, same_bytes, solver="scip")
+    mixed = find_plan(profile, same_bytes).plan
     reference = load_model(directory, choose_device("cpu"))
     windows = help_text_windows(load_tokenizer(directory), _WINDOW, _WINDOWS)
     weights = int(profile.layer_weights.sum())

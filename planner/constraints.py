@@ -28,11 +28,10 @@ import numpy.typing as npt
 from ..kernels.errors import QuantizerError
 from ..kernels.specs import match_labels
 from ..solvers.problem import Problem
-from ..solvers.reach import reachable
 from ..solvers.solution import Solution
 from ..solvers.structure import Segments
 from .budget import parse_budget
-from .errors import InfeasibleBudgetError, PlanError
+from .errors import PlanError
 from .problem_builder import BuiltProblem
 
 Booleans = npt.NDArray[np.bool_]
@@ -76,11 +75,18 @@ class Constrained:
         built: the problem without them.
         problem: what to solve.
         columns: (problem.columns,) the column of `built.problem` that each column is.
+        constraints: what was applied.
     """
 
     built: BuiltProblem
     problem: Problem
     columns: Integers
+    constraints: tuple[Constraint, ...] = ()
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether there are side constraints at all."""
+        return bool(self.constraints)
 
     def restore(self, solution: Solution) -> Solution:
         """A solution of `problem` in the columns of `built.problem`, for `plan_of(built, ...)`.
@@ -93,22 +99,6 @@ class Constrained:
             solution,
             columns=None if solution.columns is None else self.columns[solution.columns],
             multipliers=None if multipliers is None else multipliers[:resources],
-        )
-
-    def infeasible(self) -> InfeasibleBudgetError:
-        """What each cap could reach under the constraints, for when a solver proved that no plan exists."""
-        reach = reachable(self.problem)
-        parts = [
-            f"{name} could be as low as {least:.6g} (cap {cap:.6g})"
-            for name, least, cap in zip(
-                self.problem.resource_names, reach.minimum_usage, self.problem.caps, strict=True
-            )
-        ]
-        tied = "; layers that must agree and the limit on distinct quantizers are not counted in this"
-        note = tied if self.problem.has_side_constraints else ""
-        return InfeasibleBudgetError(
-            f"no plan meets the budgets under the side constraints: alone, {', '.join(parts)}{note}; loosen a budget "
-            "or a constraint."
         )
 
 
@@ -171,7 +161,8 @@ def constrain(built: BuiltProblem, constraints: Sequence[Constraint]) -> Constra
             _check_cover(built, kept, constraint)
     _check_cover(built, kept, constraints[-1] if constraints else None)
     columns = np.flatnonzero(kept)
-    return Constrained(built, _problem(built, columns, cover, caps, same, min(distinct, default=None)), columns)
+    problem = _problem(built, columns, cover, caps, same, min(distinct, default=None))
+    return Constrained(built, problem, columns, tuple(constraints))
 
 
 class _Cover:

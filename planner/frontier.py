@@ -1,15 +1,35 @@
-"""The Pareto frontier of loss against one resource, as a table."""
+"""Loss against one resource, as a table: the Pareto frontier, proven plans on it, and what to compare them with.
+
+The series of the table:
+
+- ``frontier``: every break point of the Lagrangian frontier, from the least use to the least loss;
+- ``exact``: proven plans at chosen budgets, which may lie between break points;
+- ``uniform``: one quantizer everywhere, with the kernels and fusions that use least of the resource;
+- ``ideal``: Theorem 3.1 of Q-Palette, ideal Gaussian quantizers at water-filling rates, tables and scales left out
+  (memory only);
+- ``plan``: plans made before, as they promise.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 import pandas as pd
 
 from ..profiles.tables import Profile
 from ..solvers.errors import SolverError
-from ..solvers.frontier import frontier
-from .budget import parse_budget
+from ..solvers.frontier import Frontier, frontier
+from ..solvers.problem import Problem
+from ..solvers.registry import get_solver
+from ..solvers.water_filling import ideal_curve
+from .budget import Budget, parse_budget
+from .constraints import constrain
 from .errors import PlanError
-from .problem_builder import build_problem
+from .infeasible import no_plan
+from .plan import Plan
+from .problem_builder import BuiltProblem, build_problem
 
 _UNBOUNDED = {"memory": "memory=1e18B", "latency": "latency=1e12s"}
 """Budgets that cap nothing: the frontier has every cap on it."""
@@ -20,37 +40,103 @@ def frontier_table(
     resource: str,
     *,
     batch_size: int = 1,
+    at: Sequence[str] = (),
+    plans: Mapping[str, Plan] | None = None,
     quantizers: str | None = None,
     implementations: tuple[str, ...] | None = None,
     fusion: bool = True,
+    time_limit: float = 60.0,
 ) -> pd.DataFrame:
-    """Every break point of the Lagrangian frontier, from the least use to the least loss.
+    """The series of the module.
 
     Args:
         resource: "memory" or "latency".
         batch_size: for latency.
+        at: amounts such as ``3.25bpw`` or ``200tps``, at which proven plans are wanted.
+        plans: plans by label.
+        quantizers, implementations, fusion: see `build_problem`.
+        time_limit: seconds for each of the proven plans.
 
     Returns:
-        Columns ``memory_bytes`` and ``bits_per_weight``, or ``latency_us`` and ``tokens_per_second``; then ``loss``
-        and ``price``, the loss saved per byte or µs on the way to the point (none for the first).
+        Columns ``series`` and ``label``; ``memory_bytes`` and ``bits_per_weight``, or ``latency_us`` and
+        ``tokens_per_second``; ``loss``; ``lower_bound`` (of proven plans); ``price``, the loss saved per byte or µs
+        on the way to a break point (none for the first).
 
     Raises:
         PlanError: an unknown resource, or input that `build_problem` refuses.
+        InfeasibleBudgetError: an amount is out of reach.
     """
     if resource not in _UNBOUNDED:
         raise PlanError(f'a frontier is of memory or latency; got "{resource}".')
-    text = _UNBOUNDED[resource] + (f"@{batch_size}" if resource == "latency" else "")
-    built = build_problem(
-        profile, [parse_budget(text)], quantizers=quantizers, implementations=implementations, fusion=fusion
-    )
+    suffix = f"@{batch_size}" if resource == "latency" else ""
+    selection = {"quantizers": quantizers, "implementations": implementations, "fusion": fusion}
+    built = build_problem(profile, [parse_budget(_UNBOUNDED[resource] + suffix)], **selection)  # type: ignore[arg-type]
+    budgets = [parse_budget(f"{resource}={amount}{suffix}") for amount in at]
     try:
         points = frontier(built.problem, 0)
+        series = [
+            pd.DataFrame({"series": "frontier", "use": points.usage, "loss": points.loss, "price": points.price}),
+            *(_exact(built, budget, points, time_limit) for budget in budgets),
+            _uniform(built),
+        ]
+        if resource == "memory":
+            use, loss = ideal_curve(built.problem)
+            reached = (use >= points.usage[0]) & (use <= points.usage[-1])
+            series.append(pd.DataFrame({"series": "ideal", "use": use[reached], "loss": loss[reached]}))
     except SolverError as cause:
         raise PlanError(f"{cause}.") from cause
-    table = pd.DataFrame({"use": points.usage, "per": points.usage, "loss": points.loss, "price": points.price})
+    series.append(_promised(plans or {}, resource, batch_size))
+    table = pd.concat([part for part in series if len(part)], ignore_index=True)
+    return _spelled(table, resource, batch_size, int(profile.layer_weights.sum()))
+
+
+def _spelled(table: pd.DataFrame, resource: str, batch_size: int, weights: int) -> pd.DataFrame:
+    """Final names and order of the columns."""
+    names = {"memory": ("memory_bytes", "bits_per_weight"), "latency": ("latency_us", "tokens_per_second")}
+    use, per = names[resource]
+    table = table.reindex(columns=["series", "label", "use", "loss", "lower_bound", "price"])
+    table["label"] = table["label"].fillna("")
     table["price"] = table["price"].where(table["price"] < float("inf"))
-    if resource == "memory":
-        table["per"] = 8 * points.usage / int(profile.layer_weights.sum())
-        return table.rename(columns={"use": "memory_bytes", "per": "bits_per_weight"})
-    table["per"] = batch_size * 1e6 / points.usage
-    return table.rename(columns={"use": "latency_us", "per": "tokens_per_second"})
+    table.insert(3, per, 8 * table["use"] / weights if resource == "memory" else batch_size * 1e6 / table["use"])
+    return table.rename(columns={"use": use})
+
+
+def _exact(built: BuiltProblem, budget: Budget, points: Frontier, time_limit: float) -> pd.DataFrame:
+    """The proven plan at a budget, started from the break point below it."""
+    resolved = budget.resolve(int(built.profile.layer_weights.sum()))
+    if resolved.cap is None:
+        raise PlanError(f'the budget "{budget.text}" has no cap; report this.')
+    capped = replace(built, problem=replace(built.problem, caps=np.array([resolved.cap])), budgets=(resolved,))
+    below = int(np.searchsorted(points.usage, resolved.cap, side="right")) - 1
+    warm = points.columns(below) if below >= 0 else None
+    solution = get_solver("exact").solve(capped.problem, time_limit=time_limit, rel_gap=1e-9, warm_start=warm)
+    if solution.columns is None:
+        raise no_plan(constrain(capped, ()), solution, time_limit)
+    use = float(built.problem.base[0] + built.problem.usage[0, solution.columns].sum())
+    row = {"series": "exact", "label": budget.text, "use": use, "loss": solution.objective}
+    return pd.DataFrame([row | {"lower_bound": solution.lower_bound}])
+
+
+def _uniform(built: BuiltProblem) -> pd.DataFrame:
+    """Every quantizer that can run all layers alone."""
+    problem: Problem = built.problem
+    prohibitive = float(problem.usage[0].sum()) + 1.0
+    rows = []
+    for choice, label in enumerate(built.labels):
+        own = problem.choice == choice
+        use, columns = problem.structure.evaluate(np.where(own, problem.usage[0], prohibitive))
+        if own[columns].all():
+            row = {"series": "uniform", "label": label, "use": float(problem.base[0]) + use}
+            rows.append(row | {"loss": float(problem.loss[columns].sum())})
+    return pd.DataFrame(rows)
+
+
+def _promised(plans: Mapping[str, Plan], resource: str, batch_size: int) -> pd.DataFrame:
+    rows = []
+    for label, plan in plans.items():
+        promised = plan.promised
+        use = promised.memory_bytes if resource == "memory" else promised.latency_us.get(batch_size)
+        if use is None:
+            raise PlanError(f"{label} promises no latency at batch size {batch_size}; leave it out of this frontier.")
+        rows.append({"series": "plan", "label": label, "use": float(use), "loss": promised.loss})
+    return pd.DataFrame(rows)

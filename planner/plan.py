@@ -131,6 +131,24 @@ class SolverReport(_Part):
     columns: int = Field(ge=1)
 
 
+class Robustness(_Part):
+    """What a plan made for noisy sensitivities minimises: a quantile of the loss over sensitivities drawn anew.
+
+    Attributes:
+        quantile: such as 0.95.
+        samples: number of draws.
+        margin: standard errors added to the sensitivities to find this plan.
+        quantile_loss: of this plan.
+        ordinary_quantile_loss: of the plan that minimises the loss as measured.
+    """
+
+    quantile: float = Field(gt=0, lt=1)
+    samples: int = Field(ge=1)
+    margin: Amount
+    quantile_loss: Amount
+    ordinary_quantile_loss: Amount
+
+
 class Plan(_Part):
     """plan.yaml. Every layer is there once; layers of a pattern share quantizer and kernel."""
 
@@ -139,6 +157,8 @@ class Plan(_Part):
     model: PlanModel
     profile: PlanProfile
     budgets: tuple[PlanBudget, ...] = Field(min_length=1)
+    constraints: tuple[Name, ...] = ()
+    robustness: Robustness | None = None
     promised: Promise
     solver: SolverReport
     quantizers: dict[Name, PlanQuantizer] = Field(min_length=1)
@@ -190,7 +210,17 @@ class Plan(_Part):
 
 _FIELDS = tuple(
     name
-    for part in (Plan, PlanModel, PlanProfile, PlanBudget, PlanQuantizer, PlannedLayer, Promise, SolverReport)
+    for part in (
+        Plan,
+        PlanModel,
+        PlanProfile,
+        PlanBudget,
+        PlanQuantizer,
+        PlannedLayer,
+        Promise,
+        Robustness,
+        SolverReport,
+    )
     for name in part.model_fields
 )
 

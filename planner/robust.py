@@ -13,14 +13,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..solvers.base import Solver
 from ..solvers.check import check
-from ..solvers.problem import Problem
 from ..solvers.solution import Solution, Status
+from .constraints import Constrained
 from .errors import PlanError
 from .problem_builder import BuiltProblem
 
@@ -57,12 +58,14 @@ class Robust:
         chosen: the candidate that it is.
         nominal: the ordinary plan, for comparison.
         candidates: all, by rising margin; different margins may give the same plan.
+        samples: on which they were judged.
     """
 
     solution: Solution
     chosen: Candidate
     nominal: Candidate
     candidates: tuple[Candidate, ...]
+    samples: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +82,11 @@ class Stability:
     changes: Floats
     regret: Floats
     samples: int
+
+    def to_json(self, layers: Sequence[str]) -> dict[str, Any]:
+        """For `msq plan --json`; `layers` names the layers."""
+        changes = dict(zip(layers, self.changes.tolist(), strict=True))
+        return {"samples": self.samples, "mean_regret": float(self.regret.mean()), "changes": changes}
 
 
 def sample_sensitivities(built: BuiltProblem, samples: int, seed: int) -> Floats:
@@ -110,10 +118,10 @@ def standard_errors(built: BuiltProblem) -> Floats:
 
 
 def robust_solution(
-    built: BuiltProblem,
+    constrained: Constrained,
     solver: Solver,
+    nominal: Solution,
     *,
-    problem: Problem | None = None,
     quantile: float = 0.95,
     samples: int = 1000,
     margins: Sequence[float] = MARGINS,
@@ -123,63 +131,56 @@ def robust_solution(
     """The plan of least upper quantile of the loss.
 
     Args:
-        built: supplies sensitivities, errors and what columns stand for.
-        solver: solves once per margin.
-        problem: what to solve instead of `built.problem`, with the same columns (other caps, ties).
+        constrained: supplies the problem, sensitivities, errors and what columns stand for.
+        solver: solves once per margin above 0.
+        nominal: the ordinary solution, with a plan: the candidate of margin 0.
         quantile: such as 0.95; between 0 and 1.
         samples: on which plans are judged.
-        margins: z of the candidates, >= 0; 0 is added.
+        margins: z of the candidates, >= 0.
         time_limit: seconds for all solves together.
         seed: of the samples and of the solver.
 
     Raises:
-        PlanError: an argument is wrong, the profile has no standard errors, or there is no plan.
+        PlanError: an argument is wrong, or the profile has no standard errors.
     """
     if not 0 < quantile < 1:
         raise PlanError(f"expected a quantile between 0 and 1, such as 0.95; got {quantile}.")
     if any(not 0 <= margin < np.inf for margin in margins):
         raise PlanError(f"expected margins of at least 0 standard errors; got {list(margins)}.")
-    problem = problem or built.problem
-    errors = standard_errors(built)
-    drawn = sample_sensitivities(built, samples, seed)
-    cover = _LayerErrors(built)
-    zs = sorted({0.0, *margins})
-    candidates: list[Candidate] = []
-    nominal_solution: Solution | None = None
-    previous: Integers | None = None
+    if nominal.columns is None:
+        raise PlanError("expected a solution with a plan to start from; solve the ordinary problem first.")
+    problem = constrained.problem
+    errors = standard_errors(constrained.built)
+    drawn = sample_sensitivities(constrained.built, samples, seed)
+    cover = _LayerErrors(constrained)
+
+    def candidate(margin: float, columns: Integers) -> Candidate:
+        losses = drawn @ cover.of_plan(columns)
+        return Candidate(margin, columns, check(problem, columns).loss, float(np.quantile(losses, quantile)))
+
+    candidates = [candidate(0.0, nominal.columns)]
+    zs = sorted({*margins} - {0.0})
     for margin in zs:
         marked = dataclasses.replace(problem, loss=problem.loss + margin * cover.losses(errors))
-        solution = solver.solve(marked, time_limit=time_limit / len(zs), seed=seed, warm_start=previous)
-        if solution.columns is None:
-            if margin == 0:
-                raise PlanError(
-                    f"solver '{solution.solver}' found no plan ({solution.status}); plan without robustness first."
-                )
-            continue
-        previous = solution.columns
-        nominal_solution = nominal_solution or solution
-        losses = drawn @ cover.of_plan(solution.columns)
-        loss = check(problem, solution.columns).loss
-        candidates.append(Candidate(margin, solution.columns, loss, float(np.quantile(losses, quantile))))
-    assert nominal_solution is not None
-    best = min(candidates, key=lambda candidate: (candidate.quantile, candidate.margin))
-    kept = best.columns is nominal_solution.columns
+        warm = candidates[-1].columns
+        found = solver.solve(marked, time_limit=time_limit / len(zs), seed=seed, warm_start=warm)
+        if found.columns is not None:
+            candidates.append(candidate(margin, found.columns))
+    best = min(candidates, key=lambda one: (one.quantile, one.margin))
     solution = dataclasses.replace(
-        nominal_solution,
+        nominal,
         columns=best.columns,
         objective=best.loss,
-        status=nominal_solution.status if kept else Status.FEASIBLE,
-        stats={**nominal_solution.stats, "margin": best.margin, "quantile_loss": best.quantile},
+        status=nominal.status if best is candidates[0] else Status.FEASIBLE,
     )
-    return Robust(solution, best, candidates[0], tuple(candidates))
+    return Robust(solution, best, candidates[0], tuple(candidates), samples)
 
 
 def stability(
-    built: BuiltProblem,
+    constrained: Constrained,
     columns: npt.ArrayLike,
     solver: Solver,
     *,
-    problem: Problem | None = None,
     samples: int = 50,
     time_limit: float = 60.0,
     seed: int = 0,
@@ -187,10 +188,9 @@ def stability(
     """How often each layer's quantizer changes when the sensitivities are drawn anew.
 
     Args:
-        built: see `robust_solution`.
-        columns: the plan.
+        constrained: see `robust_solution`.
+        columns: the plan, columns of `constrained.problem`.
         solver: solves once per sample.
-        problem: see `robust_solution`.
         samples: number of draws.
         time_limit: seconds for all solves together.
         seed: of the samples and of the solver.
@@ -198,16 +198,16 @@ def stability(
     Raises:
         PlanError: the profile has no standard errors, `columns` is no plan, or no sample had one.
     """
-    problem = problem or built.problem
+    problem = constrained.problem
     plan = np.asarray(columns, dtype=np.int64)
     report = check(problem, plan)
     if not report.partition_ok:
         raise PlanError(f"expected the columns of a plan of this problem; {report.message}.")
-    cover = _LayerErrors(built)
+    cover = _LayerErrors(constrained)
     own = cover.choices(plan)
     changes = np.zeros(own.size)
     regret = []
-    for drawn in sample_sensitivities(built, samples, seed):
+    for drawn in sample_sensitivities(constrained.built, samples, seed):
         resampled = dataclasses.replace(problem, loss=cover.losses(drawn))
         solution = solver.solve(resampled, time_limit=time_limit / samples, seed=seed, warm_start=plan)
         if solution.columns is None:
@@ -224,8 +224,8 @@ def stability(
 class _LayerErrors:
     """The normalised error of every (column, layer that it covers)."""
 
-    def __init__(self, built: BuiltProblem) -> None:
-        problem = built.problem
+    def __init__(self, constrained: Constrained) -> None:
+        built, problem = constrained.built, constrained.problem
         self.columns, self.layers = problem.columns, len(built.profile.layers)
         bits = np.arange(int(problem.group_sizes.max()))
         self.column, bit = np.nonzero((problem.mask[:, None] >> bits & 1).astype(bool))

@@ -23,6 +23,19 @@ from pydantic import BaseModel, ValidationError
 from .errors import ProfileError
 
 
+def check_writable(path: Path, error: type[ValueError] = ProfileError) -> None:
+    """Refuses a path that `write_atomic` would, so that work isn't done for nothing.
+
+    Raises:
+        error: the directory is missing, or the target is not a file.
+    """
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise error(f"can't write {path}: it exists and is not a regular file; choose another name.")
+    if not target.parent.is_dir():
+        raise error(f"can't write {path}: the directory {target.parent} does not exist; create it first.")
+
+
 def write_atomic(path: Path, content: bytes | str, error: type[ValueError] = ProfileError) -> None:
     """Replaces `path` by `content` (text is written as UTF-8), or leaves it untouched.
 
@@ -31,11 +44,8 @@ def write_atomic(path: Path, content: bytes | str, error: type[ValueError] = Pro
     Raises:
         error: the directory is missing, the target is not a file, or the disk refuses.
     """
+    check_writable(path, error)
     target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        raise error(f"can't write {path}: it exists and is not a regular file; choose another name.")
-    if not target.parent.is_dir():
-        raise error(f"can't write {path}: the directory {target.parent} does not exist; create it first.")
     data = content.encode() if isinstance(content, str) else content
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:

@@ -164,3 +164,21 @@ class _Ideal:
         ideal = float(self.sensitivity @ 4.0**-rates)
         bound = ideal + price * (float(self.weights @ rates) / 8 - room)
         return bound - 1e-9 * abs(bound)
+
+
+def ideal_curve(problem: Problem, points: int = 256) -> tuple[Floats, Floats]:
+    """Loss of ideal Gaussian quantizers at the rates of Theorem 3.1, against their memory.
+
+    Args:
+        problem: with layer_sensitivity, layer_weights and column_bits; rates don't go below the least on offer.
+        points: of the curve, evenly spaced in C.
+
+    Returns:
+        (points,) bytes, rising, tables and scales left out, and (points,) loss.
+
+    Raises:
+        SolverError: the problem lacks what Theorem 3.1 needs.
+    """
+    ideal = _Ideal(problem)
+    rates = np.array([ideal.rates(constant) for constant in np.linspace(*ideal.range(), points)])
+    return rates @ ideal.weights / 8, 4.0**-rates @ ideal.sensitivity

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from msq.cli import main
@@ -64,23 +65,51 @@ def test_plan_shows_a_map_and_its_proof(msq, profile):
     assert code == 0 and "block" in out and "bits per weight" in out and "proven gap" in out
 
 
-def test_frontier_and_compare_write_tables(msq, profile, tmp_path):
-    code, out, _ = msq("frontier", "--profile", profile, "--resource", "memory", "--out", tmp_path / "f.csv", "--json")
-    lines = (tmp_path / "f.csv").read_text().splitlines()
-    assert code == 0 and json.loads(out)["points"] == len(lines) - 1
-    assert lines[0] == "memory_bytes,bits_per_weight,loss,price"
-    points = [tuple(map(float, line.split(",")[:3])) for line in lines[1:]]
-    assert points == sorted(points) and [p[2] for p in points] == sorted((p[2] for p in points), reverse=True)
-    code, out, _ = msq(
-        "compare", "--profile", profile, "--budget", "memory=4.5bpw", "--out", tmp_path / "c.csv", "--json"
-    )
-    rows = {row["solver"]: row for row in json.loads(out)["solvers"]}
-    assert code == 0 and {"uniform", "water_filling", "lagrangian", "scip"} <= set(rows)
-    assert rows["scip"]["status"] == "optimal"
-    assert all(row["objective"] >= rows["scip"]["objective"] * (1 - 1e-9) for row in rows.values() if row["objective"])
-    assert len((tmp_path / "c.csv").read_text().splitlines()) == 1 + len(rows)
-    code, out, _ = msq("frontier", "--profile", profile, "--resource", "latency", "--out", tmp_path / "l.csv")
-    assert code == 0 and "break points" in out
+def test_plan_under_side_constraints_and_noise(msq, profile):
+    arguments = ["plan", "--profile", profile, "--budget", "memory=4.5bpw", "--json"]
+    arguments += ["--constraint", "pin:down_proj=nuq-4", "--robust", 0.9, "--stability", 5]
+    code, out, _ = msq(*arguments)
+    found = json.loads(out)
+    assert code == 0 and found["constraints"] == ["pin:down_proj=nuq-4"] and found["solver"] == "exact"
+    assert found["robustness"]["quantile_loss"] <= found["robustness"]["ordinary_quantile_loss"]
+    assert found["stability"]["samples"] == 5 and all(0 <= x <= 1 for x in found["stability"]["changes"].values())
+    assert all(share == 0 for layer, share in found["stability"]["changes"].items() if "down_proj" in layer)
+    code, out, _ = msq(*arguments[:5], "--constraint", "distinct=1", "--stability", 2)
+    assert code == 0 and "shadow price of memory" not in out and "resampled profiles" in out
+    code, out, _ = msq("plan", "--profile", profile, "--budget", "memory=4.5bpw")
+    assert code == 0 and "shadow price of memory: one more MB saves" in out
+
+
+def test_frontier_writes_a_table_and_a_chart(msq, profile, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    assert msq("plan", "--profile", profile, "--budget", "memory=4.5bpw", "--out", plan)[0] == 0
+    shared = ["frontier", "--profile", profile, "--json", "--out", tmp_path / "f.csv", "--plot", tmp_path / "f.svg"]
+    code, out, _ = msq(*shared, "--resource", "memory", "--at", "4bpw", "--plan", plan)
+    table = pd.read_csv(tmp_path / "f.csv", keep_default_na=False)
+    assert code == 0 and list(table)[:4] == ["series", "label", "memory_bytes", "bits_per_weight"]
+    counts = table["series"].value_counts()
+    assert json.loads(out)["points"] == counts["frontier"] and counts["exact"] == counts["plan"] == 1
+    assert (tmp_path / "f.svg").read_text().startswith("<?xml")
+    code, out, _ = msq(*shared, "--resource", "latency")
+    assert code == 0 and json.loads(out)["points"] > 1
+
+
+def test_compare_runs_every_backend(msq, profile, tmp_path):
+    files = ["--out", tmp_path / "c.csv", "--plot", tmp_path / "c.png"]
+    budgets = ["--budget", "memory=4.5bpw", "--also", "memory=5bpw,latency=1s"]
+    code, out, _ = msq("compare", "--profile", profile, *budgets, *files, "--json")
+    rows = json.loads(out)["solvers"]
+    assert code == 0 and {row["budgets"] for row in rows} == {"memory=4.5bpw", "memory=5bpw latency=1s"}
+    assert len(pd.read_csv(tmp_path / "c.csv")) == len(rows) and (tmp_path / "c.png").stat().st_size > 5000
+    for problem in ("memory=4.5bpw", "memory=5bpw latency=1s"):
+        own = {row["solver"]: row for row in rows if row["budgets"] == problem}
+        assert {"uniform", "water_filling", "lagrangian", "exact", "scip", "highs", "cp_sat", "cbc"} <= set(own)
+        assert own["exact"]["status"] == "optimal" and own["exact"]["peak_mb"] > 10
+        plans = [row for row in own.values() if row["objective"]]
+        assert all(row["within_caps"] and not row["remark"] for row in plans)
+        assert all(row["objective"] >= own["exact"]["objective"] * (1 - 1e-6) for row in plans)
+    code, out, _ = msq("compare", "--profile", profile, "--budget", "memory=4.5bpw", "--solvers", "exact,greedy")
+    assert code == 0 and "greedy" in out and "memory=4.5bpw" in out
 
 
 def test_doctor_and_version(msq):
@@ -111,6 +140,15 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
         (["plan", "--profile", "{t}/none", "--budget", "memory=4.5bpw"], "none"),
         (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--solvers", "scpi"], "did you mean scip"),
         (["frontier", "--profile", "{p}", "--resource", "speed", "--out", "{t}/f.csv"], "memory or latency"),
+        (["frontier", "--profile", "{p}", "--resource", "memory", "--out", "{t}/a/f.csv"], "does not exist"),
+        (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--plot", "{t}/c.txt"], "to end in .png"),
+        (["plan", "--profile", "{p}", "--budget", "memory=4bpw", "--out", "{t}/a/p.yaml"], "does not exist"),
+        (["plan", "--profile", "{p}", "--budget", "memory=4bpw", "--constraint", "pin:x"], "expected pin:REGEX"),
+        (["plan", "--profile", "{p}", "--budget", "memory=4bpw", "--robust", "2"], "between 0 and 1"),
+        (
+            ["plan", "--profile", "{p}", "--budget", "memory=4bpw", "--solver", "exact", "--constraint", "distinct=1"],
+            "choose scip, highs or cp_sat",
+        ),
         (["apply", "{t}/none", "--plan", "{t}/none.yaml", "--out", "{t}/c"], "can't read the plan"),
         (["evaluate", "{t}/none", "--text", "{t}/none.txt"], "no model directory"),
         (["evaluate", "ref-tiny-3m", "--text", "{t}/none.txt"], "can't read the text"),

@@ -20,7 +20,7 @@ from msq.planner.executor.generate import generate_text
 from msq.planner.executor.load import load_checkpoint, quantized_weights, read_tensors
 from msq.planner.executor.manifest import parse_quantization_config
 from msq.planner.plan import Plan, load_plan
-from msq.planner.solve import make_plan
+from msq.planner.solve import find_plan
 from msq.profiles.inventory import inventory
 from msq.profiles.job import ProfileSettings, run_profile
 from msq.profiles.models import choose_device, load_model, load_tokenizer
@@ -45,7 +45,7 @@ def built(tiny_model, tmp_path_factory) -> tuple[Path, Plan, Path]:
     # As if every kernel took a millisecond, whatever this machine is busy with: of the 14 layers four must fuse.
     profile = dataclasses.replace(measured, latency=measured.latency.assign(latency_us=1000.0))
     cap = measured.manifest.latency.overhead_us[1] + 10_000
-    plan = make_plan(profile, parse_budgets(["memory=5.5bpw", f"latency={cap}us"]))
+    plan = find_plan(profile, parse_budgets(["memory=5.5bpw", f"latency={cap}us"])).plan
     apply_plan(tiny_model, plan, home / "checkpoint")
     return tiny_model, plan, home / "checkpoint"
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from msq.planner.budget import parse_budgets
 from msq.planner.constraints import Constrained, constrain, parse_constraint, parse_constraints
-from msq.planner.errors import PlanError
+from msq.planner.errors import InfeasibleBudgetError, PlanError
+from msq.planner.infeasible import no_plan
 from msq.planner.plan import Plan
 from msq.planner.problem_builder import BuiltProblem, build_problem
 from msq.planner.solve import plan_of
@@ -94,7 +95,9 @@ def test_infeasible_names_every_cap(built) -> None:
     assert isinstance(constrained, Constrained)
     solution = get_solver("exact").solve(constrained.problem)
     assert solution.status is Status.INFEASIBLE
-    assert "memory of down_proj could be as low as" in str(constrained.infeasible())
+    error = no_plan(constrained, solution, 60.0)
+    assert isinstance(error, InfeasibleBudgetError)
+    assert "under the side constraints" in str(error) and "memory of down_proj could be" in str(error)
     assert constrained.restore(solution).columns is None
 
 

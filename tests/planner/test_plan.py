@@ -11,13 +11,13 @@ from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.budget import parse_budgets
 from msq.planner.errors import PlanError
 from msq.planner.plan import Plan, load_plan, save_plan
-from msq.planner.solve import make_plan
+from msq.planner.solve import find_plan
 from msq.profiles.tables import Profile
 
 
 @pytest.fixture
 def plan(profile: Profile) -> Plan:
-    return make_plan(profile, parse_budgets(["memory=3bpw", "latency=250us"]))
+    return find_plan(profile, parse_budgets(["memory=3bpw", "latency=250us"])).plan
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_specs(plan: Plan) -> None:
 
 
 def test_what_is_not_known_is_null(profile: Profile, tmp_path: Path) -> None:
-    plan = make_plan(profile, parse_budgets(["memory=3bpw"]), solver="uniform")
+    plan = find_plan(profile, parse_budgets(["memory=3bpw"]), solver="uniform").plan
     assert plan.solver.lower_bound is None
     assert plan.solver.gap is None
     save_plan(plan, tmp_path / "plan.yaml")

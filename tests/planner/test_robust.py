@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from msq.planner.budget import parse_budgets
+from msq.planner.constraints import constrain, parse_constraints
 from msq.planner.errors import PlanError
+from msq.planner.plan import parse_plan
 from msq.planner.problem_builder import BuiltProblem, build_problem
-from msq.planner.robust import robust_solution, sample_sensitivities, stability, standard_errors
-from msq.planner.solve import plan_of
+from msq.planner.robust import Robust, robust_solution, sample_sensitivities, stability, standard_errors
+from msq.planner.solve import find_plan, plan_of
 from msq.profiles.tables import save_profile
 from msq.solvers.registry import get_solver
 from msq.solvers.solution import Status
@@ -38,9 +40,15 @@ def test_samples_have_the_measured_moments(noisy) -> None:
     np.testing.assert_array_equal(drawn, sample_sensitivities(built, 4000, 0))
 
 
+def robust(built: BuiltProblem, **arguments: object) -> Robust:
+    constrained = constrain(built, ())
+    solver = get_solver("exact")
+    return robust_solution(constrained, solver, solver.solve(built.problem), **arguments)
+
+
 def test_robust_plan_has_the_least_quantile(noisy) -> None:
     built = noisy(1.0)
-    found = robust_solution(built, get_solver("exact"), quantile=0.9, samples=500, seed=1)
+    found = robust(built, quantile=0.9, samples=500, seed=1)
     assert found.chosen.quantile == min(candidate.quantile for candidate in found.candidates)
     assert found.chosen.quantile <= found.nominal.quantile
     assert found.nominal.margin == 0
@@ -59,10 +67,10 @@ def test_robust_plan_has_the_least_quantile(noisy) -> None:
 
 def test_without_noise_everything_stays(noisy) -> None:
     built = noisy(0.0)
-    found = robust_solution(built, get_solver("exact"), samples=10)
+    found = robust(built, samples=10)
     assert found.chosen.margin == 0
     assert found.solution.status is Status.OPTIMAL
-    still = stability(built, found.solution.columns, get_solver("exact"), samples=3)
+    still = stability(constrain(built, ()), found.solution.columns, get_solver("exact"), samples=3)
     assert still.changes.tolist() == [0.0] * len(built.profile.layers)
     assert still.regret.tolist() == [0.0] * 3
 
@@ -70,7 +78,7 @@ def test_without_noise_everything_stays(noisy) -> None:
 def test_noise_moves_choices(noisy) -> None:
     built = noisy(1.0)
     plan = get_solver("exact").solve(built.problem)
-    moved = stability(built, plan.columns, get_solver("exact"), samples=20, seed=2)
+    moved = stability(constrain(built, ()), plan.columns, get_solver("exact"), samples=20, seed=2)
     assert moved.samples == 20
     assert 0 < moved.changes.max() <= 1
     assert (moved.regret >= -1e-9).all()
@@ -81,18 +89,32 @@ def test_bad_input_is_explained(noisy, profile) -> None:
     built = noisy(0.5)
     solver = get_solver("exact")
     with pytest.raises(PlanError, match="expected a quantile between 0 and 1"):
-        robust_solution(built, solver, quantile=1.0)
+        robust(built, quantile=1.0)
     with pytest.raises(PlanError, match="expected margins of at least 0"):
-        robust_solution(built, solver, margins=[-1.0])
+        robust(built, margins=[-1.0])
     with pytest.raises(PlanError, match="expected at least one sample"):
-        robust_solution(built, solver, samples=0)
+        robust(built, samples=0)
     bare = build_problem(profile, parse_budgets(["memory=3bpw"]))
     with pytest.raises(PlanError, match="has no standard errors"):
-        robust_solution(bare, solver)
+        robust(bare)
     tight = build_problem(built.profile, parse_budgets(["memory=1bpw"]))
-    with pytest.raises(PlanError, match="found no plan"):
-        robust_solution(tight, solver)
+    with pytest.raises(PlanError, match="expected a solution with a plan"):
+        robust(tight)
     with pytest.raises(PlanError, match="no sample could be planned"):
-        stability(tight, tight.problem.structure.evaluate(tight.problem.loss)[1], solver, samples=2)
+        least = tight.problem.structure.evaluate(tight.problem.loss)[1]
+        stability(constrain(tight, ()), least, solver, samples=2)
     with pytest.raises(PlanError, match="expected the columns of a plan"):
-        stability(built, [0], solver)
+        stability(constrain(built, ()), [0], solver)
+
+
+def test_robust_plans_keep_side_constraints(noisy) -> None:
+    built = noisy(1.0)
+    constraints = parse_constraints(["ban:down_proj=*-2*", "max-bits:q_proj=3"])
+    found = find_plan(built.profile, built.budgets, constraints=constraints, robust=0.9).plan
+    bits = {entry.layer: found.quantizers[entry.quantizer].bits for entry in found.layers}
+    assert all(2 <= bits[name] <= 3 for name in bits if "q_proj" in name)
+    assert all(not 2 <= bits[name] < 3 for name in bits if "down_proj" in name)
+    assert found.robustness is not None
+    assert found.robustness.quantile_loss <= found.robustness.ordinary_quantile_loss
+    assert found.constraints == ("ban:down_proj=*-2*", "max-bits:q_proj=3")
+    assert parse_plan(found.model_dump(mode="json"), "here") == found

@@ -15,7 +15,7 @@ from msq.planner.budget import parse_budgets
 from msq.planner.errors import InfeasibleBudgetError, PlanError
 from msq.planner.plan import Plan
 from msq.planner.problem_builder import build_problem
-from msq.planner.solve import make_plan, plan_json, plan_of
+from msq.planner.solve import find_plan, plan_json, plan_of
 from msq.profiles.schema import ProfileManifest
 from msq.profiles.tables import Profile, save_profile
 from msq.solvers.registry import get_solver
@@ -25,7 +25,7 @@ Kernel = tuple[tuple[str, ...], str, str]  # layers, quantizer, implementation
 
 
 def plan_for(profile: Profile, *budgets: str, **arguments: Any) -> Plan:
-    return make_plan(profile, parse_budgets(budgets), **arguments)
+    return find_plan(profile, parse_budgets(budgets), **arguments).plan
 
 
 def kernels_of(plan: Plan) -> set[Kernel]:

@@ -1,0 +1,49 @@
+"""Options that several commands share, and how commands print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from .profiles.tables import Profile
+
+ProfileDir = Annotated[Path, typer.Option("--profile", help="Directory of a profile.")]
+Budgets = Annotated[
+    list[str],
+    typer.Option("--budget", help='"memory=3.25bpw", "memory=4.2GiB", "latency=5ms", "latency=200tps@8"; repeatable.'),
+]
+Quantizers = Annotated[str | None, typer.Option(help='Comma-separated globs on labels, e.g. "tcq-*,nuq-4".')]
+Implementations = Annotated[
+    str | None, typer.Option(help="Comma-separated kernels to consider; default: all measured.")
+]
+Fusion = Annotated[bool, typer.Option("--fusion/--no-fusion", help="Whether layers may run as one kernel.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+TimeLimit = Annotated[float, typer.Option(help="Seconds for a solver.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
+Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def note(text: str) -> None:
+    """A message for people, off stdout."""
+    print(text, file=sys.stderr)
+
+
+def split_names(text: str | None) -> tuple[str, ...] | None:
+    """A comma-separated option; None stays None."""
+    return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def load(profile: Path) -> Profile:
+    from .profiles.tables import load_profile
+
+    return load_profile(profile)

@@ -91,10 +91,11 @@ class Constrained:
     def restore(self, solution: Solution) -> Solution:
         """A solution of `problem` in the columns of `built.problem`, for `plan_of(built, ...)`.
 
-        Its bound holds under the constraints only; shadow prices of devices are dropped.
+        Its bound holds under the constraints only. Shadow prices of devices are dropped, and all of them where choices
+        are tied to each other, which prices know nothing of.
         """
         resources = self.built.problem.resources
-        multipliers = solution.multipliers
+        multipliers = None if self.problem.has_side_constraints else solution.multipliers
         return dataclasses.replace(
             solution,
             columns=None if solution.columns is None else self.columns[solution.columns],

@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--time-limit", type=float, default=60.0)
     parser.add_argument("--rel-gap", type=float, default=1e-9)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each solve of under a second, of which the median counts")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of solves of under a second; the median counts")
     parser.add_argument("--count", type=int, default=1000, help="random problems")
     parser.add_argument("--only", default="", help="instances whose name contains this")
     parser.add_argument("--out", type=Path, required=True)

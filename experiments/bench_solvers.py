@@ -7,7 +7,7 @@
     python -m msq.experiments.bench_solvers --set random --count 10000 --solvers exact --out results.csv
 
 Seconds are those of `Solver.solve` in a fresh process: building the problem and loading msq are not in them, loading
-what a backend needs (OR-Tools, scipy, CVXPY) is.
+what a backend needs (OR-Tools, scipy, CVXPY) is. Where other work shares the processor, compare `cpu_seconds`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ COLUMNS = (
     "gap",
     "within_caps",
     "seconds",
+    "cpu_seconds",
     "peak_mb",
     "columns",
     "columns_kept",
@@ -150,6 +151,7 @@ def _measured(instance: str, name: str, problem: Problem, optimum: float | None,
         "solver": name,
         "columns": problem.columns,
         "seconds": f"{statistics.median(run.seconds for run in runs):.4g}",
+        "cpu_seconds": f"{statistics.median(run.cpu_seconds for run in runs):.4g}",
         "peak_mb": round(found.peak_bytes / 1e6),
         "rel_gap": options.rel_gap,
         "time_limit": options.time_limit,

@@ -28,12 +28,14 @@ class Isolated:
         error: one sentence on why there is none; "" with a solution.
         seconds: wall time of the solve, packages that the backend needs being loaded on the way; that of the
             process without a solution.
+        cpu_seconds: likewise, of processor time; 0 if not known.
         peak_bytes: largest resident size of the process, 0 if not known. Interpreter and problem included.
     """
 
     solution: Solution | None
     error: str
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
 
 
@@ -64,12 +66,12 @@ def solve_isolated(
     theirs.close()
     try:
         if not ours.poll(None if time_limit == float("inf") else time_limit + GRACE):
-            return Isolated(None, f"{name} ran {GRACE:g} s past its time limit and was ended", _since(started), 0)
+            return Isolated(None, f"{name} ran {GRACE:g} s past its time limit and was ended", _since(started), 0.0, 0)
         found: Isolated = ours.recv()
         return found
     except EOFError:
         process.join()
-        return Isolated(None, f"{name} crashed (exit code {process.exitcode})", _since(started), 0)
+        return Isolated(None, f"{name} crashed (exit code {process.exitcode})", _since(started), 0.0, 0)
     finally:
         process.kill()
         process.join()
@@ -81,12 +83,13 @@ def _since(started: float) -> float:
 
 
 def _work(connection: Connection, name: str, problem: Problem, arguments: dict[str, Any]) -> None:
-    started = time.monotonic()
+    started, worked = time.monotonic(), time.process_time()
     try:
         solution = get_solver(name).solve(problem, **arguments)
-        found = Isolated(solution, "", solution.seconds, _peak_bytes())
+        found = Isolated(solution, "", solution.seconds, time.process_time() - worked, _peak_bytes())
     except Exception as cause:
-        found = Isolated(None, f"{type(cause).__name__}: {cause}", _since(started), _peak_bytes())
+        message = f"{type(cause).__name__}: {cause}"
+        found = Isolated(None, message, _since(started), time.process_time() - worked, _peak_bytes())
     connection.send(found)
     connection.close()
 

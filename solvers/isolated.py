@@ -85,7 +85,9 @@ def _since(started: float) -> float:
 def _work(connection: Connection, name: str, problem: Problem, arguments: dict[str, Any]) -> None:
     started, worked = time.monotonic(), time.process_time()
     try:
-        solution = get_solver(name).solve(problem, **arguments)
+        solver = get_solver(name)
+        worked = time.process_time()
+        solution = solver.solve(problem, **arguments)
         found = Isolated(solution, "", solution.seconds, time.process_time() - worked, _peak_bytes())
     except Exception as cause:
         message = f"{type(cause).__name__}: {cause}"

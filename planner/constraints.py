@@ -83,11 +83,6 @@ class Constrained:
     columns: Integers
     constraints: tuple[Constraint, ...] = ()
 
-    @property
-    def is_constrained(self) -> bool:
-        """Whether there are side constraints at all."""
-        return bool(self.constraints)
-
     def restore(self, solution: Solution) -> Solution:
         """A solution of `problem` in the columns of `built.problem`, for `plan_of(built, ...)`.
 
@@ -146,22 +141,27 @@ def constrain(built: BuiltProblem, constraints: Sequence[Constraint]) -> Constra
     kept = np.ones(built.problem.columns, dtype=bool)
     same = np.full(len(names), -1, dtype=np.int64)
     distinct: list[int] = []
-    caps: list[tuple[str, float, Booleans]] = []
+    devices: dict[str, tuple[float, Booleans]] = {}
     for constraint in constraints:
         if constraint.kind == "distinct":
             distinct.append(int(constraint.value))
             continue
         layers = _matched(constraint, names)
         if constraint.kind == "same":
+            if np.count_nonzero(layers) < 2:
+                raise PlanError(f'"{constraint.text}": only one layer matches "{constraint.layers}"; expected several.')
             _join(same, layers)
         elif constraint.kind == "device":
             kept &= cover.any(layers) == cover.all(layers)
-            caps.append((f"memory of {constraint.layers}", _device_cap(constraint, built, layers), layers))
+            _check_cover(built, kept, constraint)
+            cap = _device_cap(constraint, built, layers)
+            known = devices.get(constraint.layers)
+            devices[constraint.layers] = (cap if known is None else min(cap, known[0]), layers)
         else:
             kept &= ~cover.any(layers) | _allowed(constraint, built)[built.problem.choice]
             _check_cover(built, kept, constraint)
-    _check_cover(built, kept, constraints[-1] if constraints else None)
     columns = np.flatnonzero(kept)
+    caps = [(f"memory of {layers}", cap, covered) for layers, (cap, covered) in devices.items()]
     problem = _problem(built, columns, cover, caps, same, min(distinct, default=None))
     return Constrained(built, problem, columns, tuple(constraints))
 
@@ -245,10 +245,8 @@ def _device_cap(constraint: Constraint, built: BuiltProblem, layers: Booleans) -
     return cap
 
 
-def _check_cover(built: BuiltProblem, kept: Booleans, constraint: Constraint | None) -> None:
+def _check_cover(built: BuiltProblem, kept: Booleans, constraint: Constraint) -> None:
     """Names a layer that is left without a candidate."""
-    if constraint is None:
-        return
     problem = built.problem
     columns = np.flatnonzero(kept)
     present = np.unique(problem.group[columns])

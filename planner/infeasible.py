@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -16,68 +17,81 @@ from .problem_builder import BuiltProblem
 def no_plan(constrained: Constrained, solution: Solution, time_limit: float) -> PlanError:
     """The error to raise for a solution without a plan.
 
-    Side constraints are held responsible only where the budgets could be met without them.
+    What is within reach is worked out under the side constraints; layers that must agree and the limit on distinct
+    quantizers are left aside in this, and held responsible where the rest could be met.
     """
-    free = reachable(constrained.built.problem)
-    if constrained.is_constrained and not free.proven_infeasible and solution.status is Status.INFEASIBLE:
-        return _under_constraints(constrained)
-    return _without_constraints(constrained.built, free, solution, time_limit)
-
-
-def _under_constraints(constrained: Constrained) -> InfeasibleBudgetError:
-    """What each cap could reach alone under the constraints."""
-    problem, budgets = constrained.problem, constrained.built.budgets
-    parts = []
-    for i, least in enumerate(reachable(problem).minimum_usage.tolist()):
-        if i < len(budgets):
-            parts.append(f"{budgets[i].text} could be as tight as {budgets[i].in_unit(least)}")
-        else:
-            parts.append(
-                f"{problem.resource_names[i]} could be {math.ceil(least)}B (cap {math.floor(problem.caps[i])}B)"
-            )
-    tied = "; layers that must agree and the limit on distinct quantizers are not counted in this"
-    return InfeasibleBudgetError(
-        f"no plan meets the budgets under the side constraints: alone, {', '.join(parts)}"
-        f"{tied if problem.has_side_constraints else ''}; loosen a budget or a constraint."
-    )
-
-
-def _without_constraints(built: BuiltProblem, reach: Reach, solution: Solution, time_limit: float) -> PlanError:
-    problem, budgets = built.problem, built.budgets
+    problem = constrained.problem
+    reach = reachable(dataclasses.replace(problem, same_choice=None, max_choices=None))
     if solution.status is not Status.INFEASIBLE and not reach.proven_infeasible:
         return PlanError(
             f"solver '{solution.solver}' found neither a plan nor a proof that there is none within "
             f"{time_limit:g} s; allow more time, try another solver, or loosen a budget."
         )
+    if not reach.proven_infeasible and problem.has_side_constraints:
+        ties = " and ".join(one.text for one in constrained.constraints if one.kind in ("same", "distinct"))
+        return InfeasibleBudgetError(
+            f"{_texts(constrained)} can't be met under {ties}, though perhaps without; loosen a budget or drop a "
+            "constraint."
+        )
+    under = " under the side constraints" if constrained.constraints else ""
     least = [float(amount) for amount in reach.minimum_usage]
     short = [i for i, (amount, cap) in enumerate(zip(least, problem.caps, strict=True)) if amount > cap]
-    sentences = [f"{budgets[i].text} can't be met: {_within_reach(built, i, least[i])}" for i in short]
-    if sentences:
-        return InfeasibleBudgetError(f"{'; '.join(sentences)}; {_remedy([budgets[i] for i in short])}.")
-    if len(budgets) == 1:
+    if short:
+        sentences = [
+            f"{_name(constrained, i)} can't be met{under}: {_within_reach(constrained, i, least)}" for i in short
+        ]
+        return InfeasibleBudgetError(f"{'; '.join(sentences)}{_joint(reach)}; {_remedy(constrained, short)}.")
+    if problem.resources == 1:
         return PlanError(
-            f"solver '{solution.solver}' says that {budgets[0].text} can't be met, yet {budgets[0].in_unit(least[0])} "
-            "is within reach; try another solver and report this."
+            f"solver '{solution.solver}' says that {_texts(constrained)} can't be met, yet "
+            f"{_amount(constrained, 0, least[0])} is within reach; try another solver and report this."
         )
-    alone = ", ".join(f"{budget.in_unit(least[i])}" for i, budget in enumerate(budgets))
-    factor = f" by a factor of at least {reach.common_scale:.4g}" if reach.common_scale > 1 else ""
+    alone = ", ".join(_amount(constrained, i, amount) for i, amount in enumerate(least))
     return InfeasibleBudgetError(
-        f"{' and '.join(b.text for b in budgets)} can't be met together: each alone could be as tight as {alone}, "
-        f"together all must be loosened{factor}; {_remedy(budgets)}."
+        f"{_texts(constrained)} can't be met together{under}: each alone could be as tight as {alone}{_joint(reach)}; "
+        f"{_remedy(constrained, range(problem.resources))}."
     )
 
 
-def _within_reach(built: BuiltProblem, i: int, least: float) -> str:
-    budget = built.budgets[i]
+def _joint(reach: Reach) -> str:
+    """The least common scaling, where there are several caps."""
+    if reach.minimum_usage.size < 2 or not 1 < reach.common_scale < math.inf:
+        return ""
+    return f", together all must be loosened by a factor of at least {reach.common_scale:.4g}"
+
+
+def _name(constrained: Constrained, i: int) -> str:
+    budgets = constrained.built.budgets
+    return budgets[i].text if i < len(budgets) else f"the cap on the {constrained.problem.resource_names[i]}"
+
+
+def _texts(constrained: Constrained) -> str:
+    return " and ".join(_name(constrained, i) for i in range(constrained.problem.resources))
+
+
+def _amount(constrained: Constrained, i: int, amount: float) -> str:
+    """An amount of a resource in the unit of its budget; bytes for devices."""
+    budgets = constrained.built.budgets
+    return budgets[i].in_unit(amount) if i < len(budgets) else f"{math.ceil(amount)}B"
+
+
+def _within_reach(constrained: Constrained, i: int, least: Sequence[float]) -> str:
+    built: BuiltProblem = constrained.built
+    shown = _amount(constrained, i, least[i])
+    if i >= len(built.budgets):
+        return f"the least that these quantizers reach is {shown}"
+    budget: Budget = built.budgets[i]
     if budget.resource == "memory":
-        size = f" ({math.ceil(least / 2**20 * 100) / 100:.2f} MiB)" if budget.unit == "bpw" else ""
-        return f"the least that these quantizers reach is {budget.in_unit(least)}{size}"
+        size = f" ({math.ceil(least[i] / 2**20 * 100) / 100:.2f} MiB)" if budget.unit == "bpw" else ""
+        return f"the least that these quantizers reach is {shown}{size}"
     overhead = float(built.problem.base[i])
     word = "most" if budget.unit == "tps" else "least"
-    return f"the {word} that these kernels reach is {budget.in_unit(least)} ({overhead:.0f} us of a step are overhead)"
+    return f"the {word} that these kernels reach is {shown} ({overhead:.0f} us of a step are overhead)"
 
 
-def _remedy(budgets: Sequence[Budget]) -> str:
+def _remedy(constrained: Constrained, caps: Sequence[int]) -> str:
     wanted = {"memory": "smaller quantizers", "latency": "faster kernels"}
-    offers = dict.fromkeys(wanted[budget.resource] for budget in budgets)
-    return f"loosen the budget{'s' if len(budgets) > 1 else ''}, or offer {' and '.join(offers)}"
+    budgets = constrained.built.budgets
+    offers = dict.fromkeys(wanted[budgets[i].resource if i < len(budgets) else "memory"] for i in caps)
+    drop = ", drop a constraint" if constrained.constraints else ""
+    return f"loosen the budget{'s' if len(caps) > 1 else ''}{drop}, or offer {' and '.join(offers)}"

@@ -136,15 +136,13 @@ class Robustness(_Part):
 
     Attributes:
         quantile: such as 0.95.
-        samples: number of draws.
-        margin: standard errors added to the sensitivities to find this plan.
+        samples: number of draws, none of which the plan was chosen by.
         quantile_loss: of this plan.
         ordinary_quantile_loss: of the plan that minimises the loss as measured.
     """
 
     quantile: float = Field(gt=0, lt=1)
     samples: int = Field(ge=1)
-    margin: Amount
     quantile_loss: Amount
     ordinary_quantile_loss: Amount
 

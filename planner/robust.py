@@ -2,10 +2,12 @@
 
 Every layer's sensitivity a_l was measured with a standard error s_l (layers.csv). Samples are drawn from N(a_l, s_l)
 independently per layer, cut off at zero. `stability` plans again for every sample and counts how often a layer's
-quantizer changes. `robust_solution` looks for a plan of small upper quantile of loss over the samples: candidates
-are the plans that are best for a_l + z s_l at several z (the safety margin that a sum of independent errors asks for
-lies between none and that of every layer at its worst), and the candidate of least quantile is the answer. z = 0 is
-among them, so the answer is never worse than the ordinary plan by that measure.
+quantizer changes. `robust_solution` looks for a plan of small upper quantile of the loss over the samples. The loss of
+a plan with errors e_l is close to normal, of mean sum a_l e_l and variance sum s_l^2 e_l^2, so its quantile is about
+mean + z sigma; linearised at a plan of errors e0 that is a sum over layers again, with a_l + z s_l^2 e0_l / sigma0 in
+place of a_l. Starting from the ordinary plan, each step solves that problem for the next candidate. The candidate of
+least quantile over one set of samples is the answer; the quantiles that are reported come from another set. The
+ordinary plan is a candidate too.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -28,24 +31,26 @@ from .problem_builder import BuiltProblem
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-MARGINS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
-"""z of the candidates."""
+STEPS = 5
+"""Most candidates beyond the ordinary plan."""
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A plan that is best at one margin.
+    """A plan to choose from.
 
     Attributes:
-        margin: z, in standard errors.
+        step: 0 for the ordinary plan, then the number of the linearisation that it is best for.
         columns: (chosen,) of the plan.
         loss: with the measured sensitivities.
-        quantile: of its loss over the samples.
+        choosing_quantile: of its loss over the samples by which plans are chosen.
+        quantile: of its loss over the other samples.
     """
 
-    margin: float
+    step: int
     columns: Integers
     loss: float
+    choosing_quantile: float
     quantile: float
 
 
@@ -57,8 +62,8 @@ class Robust:
         solution: its columns; objective with the measured sensitivities, bound of the ordinary problem.
         chosen: the candidate that it is.
         nominal: the ordinary plan, for comparison.
-        candidates: all, by rising margin; different margins may give the same plan.
-        samples: on which they were judged.
+        candidates: all, in the order of their steps.
+        samples: in each of the two sets.
     """
 
     solution: Solution
@@ -76,17 +81,20 @@ class Stability:
         changes: (layers,) share of samples in which the layer's quantizer differs from the plan's.
         regret: (samples,) loss of the plan less that of the sample's own best plan, relative to the latter, both
             with the sample's sensitivities.
-        samples: how many samples had a plan.
+        samples: how many samples were planned with proof: only these count.
+        unproven: how many were not, for want of time.
     """
 
     changes: Floats
     regret: Floats
     samples: int
+    unproven: int
 
     def to_json(self, layers: Sequence[str]) -> dict[str, Any]:
         """For `msq plan --json`; `layers` names the layers."""
         changes = dict(zip(layers, self.changes.tolist(), strict=True))
-        return {"samples": self.samples, "mean_regret": float(self.regret.mean()), "changes": changes}
+        counts = {"samples": self.samples, "unproven": self.unproven}
+        return counts | {"mean_regret": float(self.regret.mean()), "changes": changes}
 
 
 def sample_sensitivities(built: BuiltProblem, samples: int, seed: int) -> Floats:
@@ -123,50 +131,62 @@ def robust_solution(
     nominal: Solution,
     *,
     quantile: float = 0.95,
-    samples: int = 1000,
-    margins: Sequence[float] = MARGINS,
+    samples: int = 5000,
     time_limit: float = 60.0,
+    rel_gap: float = 1e-6,
     seed: int = 0,
+    threads: int = 1,
 ) -> Robust:
     """The plan of least upper quantile of the loss.
 
     Args:
         constrained: supplies the problem, sensitivities, errors and what columns stand for.
-        solver: solves once per margin above 0.
-        nominal: the ordinary solution, with a plan: the candidate of margin 0.
-        quantile: such as 0.95; between 0 and 1.
-        samples: on which plans are judged.
-        margins: z of the candidates, >= 0.
+        solver: solves once per step.
+        nominal: the ordinary solution, with a plan.
+        quantile: such as 0.95; at least 0.5 and below 1.
+        samples: in each of the two sets.
         time_limit: seconds for all solves together.
+        rel_gap, threads: of each solve.
         seed: of the samples and of the solver.
 
     Raises:
         PlanError: an argument is wrong, or the profile has no standard errors.
     """
-    if not 0 < quantile < 1:
-        raise PlanError(f"expected a quantile between 0 and 1, such as 0.95; got {quantile}.")
-    if any(not 0 <= margin < np.inf for margin in margins):
-        raise PlanError(f"expected margins of at least 0 standard errors; got {list(margins)}.")
+    if not 0.5 <= quantile < 1:
+        raise PlanError(f"expected a quantile of at least 0.5 and below 1, such as 0.95; got {quantile}.")
     if nominal.columns is None:
         raise PlanError("expected a solution with a plan to start from; solve the ordinary problem first.")
     problem = constrained.problem
     errors = standard_errors(constrained.built)
-    drawn = sample_sensitivities(constrained.built, samples, seed)
+    measured = constrained.built.profile.layers["sensitivity"].to_numpy(np.float64)
+    drawn = sample_sensitivities(constrained.built, 2 * samples, seed)
     cover = _LayerErrors(constrained)
+    z = NormalDist().inv_cdf(quantile)
 
-    def candidate(margin: float, columns: Integers) -> Candidate:
+    def candidate(step: int, columns: Integers) -> Candidate:
         losses = drawn @ cover.of_plan(columns)
-        return Candidate(margin, columns, check(problem, columns).loss, float(np.quantile(losses, quantile)))
+        quantiles = (float(np.quantile(part, quantile)) for part in (losses[:samples], losses[samples:]))
+        return Candidate(step, columns, check(problem, columns).loss, *quantiles)
 
-    candidates = [candidate(0.0, nominal.columns)]
-    zs = sorted({*margins} - {0.0})
-    for margin in zs:
-        marked = dataclasses.replace(problem, loss=problem.loss + margin * cover.losses(errors))
-        warm = candidates[-1].columns
-        found = solver.solve(marked, time_limit=time_limit / len(zs), seed=seed, warm_start=warm)
-        if found.columns is not None:
-            candidates.append(candidate(margin, found.columns))
-    best = min(candidates, key=lambda one: (one.quantile, one.margin))
+    candidates = [candidate(0, nominal.columns)]
+    for step in range(1, STEPS + 1):
+        error = cover.of_plan(candidates[-1].columns)
+        deviation = float(np.linalg.norm(errors * error))
+        if not deviation:
+            break
+        weighed = dataclasses.replace(problem, loss=cover.losses(measured + z * errors**2 * error / deviation))
+        found = solver.solve(
+            weighed,
+            time_limit=time_limit / STEPS,
+            rel_gap=rel_gap,
+            seed=seed,
+            threads=threads,
+            warm_start=candidates[-1].columns,
+        )
+        if found.columns is None or any(np.array_equal(found.columns, known.columns) for known in candidates):
+            break
+        candidates.append(candidate(step, found.columns))
+    best = min(candidates, key=lambda one: (one.choosing_quantile, one.step))
     solution = dataclasses.replace(
         nominal,
         columns=best.columns,
@@ -183,7 +203,9 @@ def stability(
     *,
     samples: int = 50,
     time_limit: float = 60.0,
+    rel_gap: float = 1e-4,
     seed: int = 0,
+    threads: int = 1,
 ) -> Stability:
     """How often each layer's quantizer changes when the sensitivities are drawn anew.
 
@@ -193,10 +215,11 @@ def stability(
         solver: solves once per sample.
         samples: number of draws.
         time_limit: seconds for all solves together.
+        rel_gap, threads: of each solve.
         seed: of the samples and of the solver.
 
     Raises:
-        PlanError: the profile has no standard errors, `columns` is no plan, or no sample had one.
+        PlanError: the profile has no standard errors, `columns` is no plan, or no sample could be planned with proof.
     """
     problem = constrained.problem
     plan = np.asarray(columns, dtype=np.int64)
@@ -206,19 +229,26 @@ def stability(
     cover = _LayerErrors(constrained)
     own = cover.choices(plan)
     changes = np.zeros(own.size)
+    unproven = 0
     regret = []
     for drawn in sample_sensitivities(constrained.built, samples, seed):
         resampled = dataclasses.replace(problem, loss=cover.losses(drawn))
-        solution = solver.solve(resampled, time_limit=time_limit / samples, seed=seed, warm_start=plan)
-        if solution.columns is None:
+        solution = solver.solve(
+            resampled, time_limit=time_limit / samples, rel_gap=rel_gap, seed=seed, threads=threads, warm_start=plan
+        )
+        if solution.columns is None or solution.status is not Status.OPTIMAL:
+            unproven += 1
             continue
         changes += cover.choices(solution.columns) != own
         least = float(drawn @ cover.of_plan(solution.columns))
         loss = float(drawn @ cover.of_plan(plan))
         regret.append((loss - least) / least if least > 0 else 0.0)
     if not regret:
-        raise PlanError("no sample could be planned; allow more time or loosen a budget.")
-    return Stability(changes / len(regret), np.array(regret), len(regret))
+        raise PlanError(
+            f"solver '{solver.name}' proved none of the {samples} resampled plans within {time_limit:g} s; allow more "
+            "time, ask for fewer samples or choose a solver that proves."
+        )
+    return Stability(changes / len(regret), np.array(regret), len(regret), unproven)
 
 
 class _LayerErrors:

@@ -43,6 +43,8 @@ from .robust import robust_solution
 
 Integers = npt.NDArray[np.int64]
 
+MOST_RESOURCES = 4
+"""Caps up to which `exact` is the better choice: its programme grows with every one of them."""
 _AGREEMENT = 1e-9
 """Relative difference allowed between a sum over columns and the same sum over layers."""
 
@@ -56,12 +58,14 @@ class Planned:
         constrained: the problem.
         columns: (chosen,) of `constrained.problem`.
         solver: the backend.
+        remarks: what in the backend's answer did not hold, or did not come from it.
     """
 
     plan: Plan
     constrained: Constrained
     columns: Integers
     solver: Solver
+    remarks: tuple[str, ...]
 
 
 def find_plan(
@@ -107,12 +111,20 @@ def find_plan(
             raise no_plan(constrained, solution, time_limit)
         robustness = None
         if robust is not None:
-            found = robust_solution(constrained, backend, solution, quantile=robust, time_limit=time_limit, seed=seed)
+            found = robust_solution(
+                constrained,
+                backend,
+                solution,
+                quantile=robust,
+                time_limit=time_limit,
+                rel_gap=rel_gap,
+                seed=seed,
+                threads=threads,
+            )
             solution = found.solution
             robustness = Robustness(
                 quantile=robust,
                 samples=found.samples,
-                margin=found.chosen.margin,
                 quantile_loss=found.chosen.quantile,
                 ordinary_quantile_loss=found.nominal.quantile,
             )
@@ -120,15 +132,17 @@ def find_plan(
         raise PlanError(f"{str(cause).rstrip('.')}.") from cause
     if solution.columns is None:
         raise PlanError(f"solver '{solution.solver}' lost its plan; report this.")
-    plan = plan_of(built, constrained.restore(solution)).model_copy(
-        update={"constraints": tuple(one.text for one in constrained.constraints), "robustness": robustness}
-    )
-    return Planned(plan, constrained, solution.columns, backend)
+    plan = plan_of(built, constrained.restore(solution))
+    report = plan.solver.model_copy(update={"columns": constrained.problem.columns})
+    texts = tuple(one.text for one in constrained.constraints)
+    plan = plan.model_copy(update={"constraints": texts, "robustness": robustness, "solver": report})
+    remarks = tuple(str(solution.stats[name]) for name in ("rejected", "remark") if name in solution.stats)
+    return Planned(plan, constrained, solution.columns, backend, remarks)
 
 
 def default_solver(problem: Problem) -> str:
-    """`exact`, and `scip` where choices are tied to each other, which `exact` can't handle."""
-    return "scip" if problem.has_side_constraints else "exact"
+    """`exact`; `scip` where choices are tied to each other, which `exact` can't handle, and with very many caps."""
+    return "scip" if problem.has_side_constraints or problem.resources > MOST_RESOURCES else "exact"
 
 
 def plan_of(built: BuiltProblem, solution: Solution) -> Plan:

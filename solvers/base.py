@@ -15,14 +15,14 @@ from .check import CheckReport, check
 from .clock import Clock
 from .errors import SolverError
 from .problem import Problem
+from .reach import fits
 from .solution import Limit, Solution, Stats, Status, relative_gap
 from .structure import Floats, Integers
 
 PROOF_TOLERANCE = 1e-9
 """Rounding allowed on top of the asked relative gap."""
 CONTRADICTION_TOLERANCE = 1e-7
-"""A bound may exceed the loss of a plan by this much, relative: the checker's tolerance on caps, times the
-elasticity of the loss, is worth that much."""
+"""A bound may exceed the loss of a plan by this much, relative: what mixed-integer solvers make of their tolerances."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +223,9 @@ def _accepted(
     report = check(problem, plan)
     if not report.feasible:
         rejected.append(f"its plan doesn't hold: {report.message}")
+        return None, None
+    if not fits(problem, plan):
+        rejected.append("its plan exceeds a cap by more than rounding, though by less than the checker allows")
         return None, None
     plan.flags.writeable = False
     return plan, report

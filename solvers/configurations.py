@@ -118,7 +118,7 @@ def enumerate_configurations(problem: Problem, cost: Floats, delta: float, *, li
         rows = rows.extend(candidates, first[segment], first[segment + 1], penalties.column)
         rows = rows.take(np.flatnonzero(rows.deviation <= slack))
         if rows.partition.size > 2 * limit:
-            rows = rows.take(np.sort(np.argsort(rows.deviation, kind="stable")[: 2 * limit]))
+            rows = rows.take(np.sort(_least(structure.partition_group[rows.partition], rows.deviation, 2 * limit)))
             complete = False
         depth += 1
     return _collect(problem, finished, limit, complete)
@@ -152,6 +152,13 @@ class _Rows:
         )
 
 
+def _least(group: Integers, deviation: Floats, limit: int) -> Integers:
+    """The `limit` rows of least deviation, by rising deviation, and the first of every group whatever its place."""
+    order = np.argsort(deviation, kind="stable")
+    _, first = np.unique(group[order], return_index=True)
+    return order[np.union1d(np.arange(min(limit, order.size)), first)]
+
+
 def _collect(problem: Problem, finished: list[_Rows], limit: int, complete: bool) -> Configurations:
     """Join the lists of every depth, keep the `limit` least, sort by (group, deviation)."""
     partition = np.concatenate([rows.partition for rows in finished])
@@ -160,7 +167,7 @@ def _collect(problem: Problem, finished: list[_Rows], limit: int, complete: bool
     flat = np.concatenate([rows.columns.ravel() for rows in finished])
     start = offsets(width)
     group = problem.structure.partition_group[partition]
-    kept = np.argsort(deviation, kind="stable")[:limit]
+    kept = _least(group, deviation, limit)
     complete = complete and kept.size == group.size
     kept = kept[np.argsort(group[kept], kind="stable")]
     columns = flat[ranges(start[kept], width[kept])]

@@ -13,6 +13,8 @@ from .structure import Floats, Integers
 
 PAIRWISE = 192
 """Longest list of which all pairs are compared."""
+GRID_RESOURCES = 4
+"""Most resources for which there is a grid: its size grows exponentially with them."""
 CELLS_PER_ALTERNATIVE = 4.0
 """Cells of the grid: more tell alternatives better apart and cost more to walk."""
 
@@ -30,7 +32,7 @@ def undominated(loss: Floats, usage: Floats) -> Integers:
         return np.sort(staircase(loss, usage[0]))
     if loss.size <= PAIRWISE:
         return _pairwise(loss, usage)
-    kept = _by_grid(loss, usage)
+    kept = _by_grid(loss, usage) if usage.shape[0] <= GRID_RESOURCES else np.arange(loss.size)
     return kept[_by_runs(loss[kept], usage[:, kept])]
 
 

@@ -13,7 +13,7 @@ caller asks for less; large programmes, millions of columns and the residual get
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,10 +23,10 @@ from .dual import Dual, priced, solve_dual
 from .lagrangian import relax_and_repair
 from .problem import Problem
 from .programme import search
-from .reach import fits
+from .reach import fits, usable_caps
 from .residual import solve_residual
 from .solution import Limit, Stats, relative_gap
-from .structure import Integers
+from .structure import Integers, Segments
 
 FIRST_COLUMNS = 60
 """Columns above the best ones at which delta starts."""
@@ -57,10 +57,45 @@ class ExactSolver(Solver):
     gives_bound = True
 
     def _solve(self, problem: Problem, options: Options) -> Answer:
+        affordable = affordable_columns(problem)
+        if affordable.size < problem.columns:
+            return self._solve_part(problem, affordable, options)
         dual = solve_dual(problem, options.clock)
         if dual.infeasible:
             return Answer(lower_bound=math.inf, infeasible=True, stats={"infeasible_by": "dual"})
         return _Proof(problem, options, dual).run()
+
+    def _solve_part(self, problem: Problem, columns: Integers, options: Options) -> Answer:
+        """Solve with some of the columns, where no plan that meets the caps has others.
+
+        Columns far above a cap would drown the others' uses in rounding.
+        """
+        group, mask = problem.group[columns], problem.mask[columns]
+        bare = np.unique(group).size < problem.groups
+        if bare or Segments.build(group, mask, problem.groups).uncoverable(problem.group_sizes).size:
+            return Answer(infeasible=True, lower_bound=math.inf, stats={"infeasible_by": "columns above a cap"})
+        part = replace(
+            problem,
+            group=group,
+            mask=mask,
+            choice=problem.choice[columns],
+            loss=problem.loss[columns],
+            usage=problem.usage[:, columns],
+            column_bits=None if problem.column_bits is None else problem.column_bits[columns],
+        )
+        warm = options.warm_start
+        if warm is not None:
+            warm = np.searchsorted(columns, warm) if np.isin(warm, columns).all() else None
+        answer = self._solve(part, replace(options, warm_start=warm))
+        if answer.columns is not None:
+            answer.columns = columns[answer.columns]
+        return answer
+
+
+def affordable_columns(problem: Problem) -> Integers:
+    """The columns that exceed no cap by themselves, ascending."""
+    room = usable_caps(problem) - problem.base
+    return np.flatnonzero((problem.usage <= room[:, None]).all(axis=0))
 
 
 @dataclass(eq=False)
@@ -120,13 +155,14 @@ class _Proof:
     def _gap(self) -> float:
         return relative_gap(self.best.loss, self.lower_bound)
 
-    def _offer(self, plan: Integers | None) -> None:
-        """Keep a plan if it meets the caps and is the best."""
+    def _offer(self, plan: Integers | None) -> bool:
+        """Keep a plan if it meets the caps and is the best; whether it meets them."""
         if plan is None or not fits(self.problem, plan):
-            return
+            return False
         loss = math.fsum(self.problem.loss[plan].tolist())
         if loss < self.best.loss:
             self.best = _Best(plan, loss)
+        return True
 
     def _grow(self, limit: int, total: int, goal: float) -> bool:
         """Run the programme with growing delta until the gap is at most `goal`.
@@ -150,10 +186,10 @@ class _Proof:
                 most_states = min(limit, total // max(open_groups, 1))
             found = search(self.problem, near, self.multipliers, delta, limit=most_states, clock=self.options.clock)
             before, self.delta = self.best.loss, delta
-            self._offer(found.columns)
+            sound = found.columns is None or self._offer(found.columns)
             self.stats |= {"rounds": rounds, "delta": delta, "configurations": near.count}
             self.stats |= {"states": found.states, "pairs": found.pairs}
-            if found.complete:
+            if found.complete and sound:
                 self.lower_bound = max(self.lower_bound, min(self.dual + delta, self.best.loss))
                 if delta >= most and self.best.columns is None:
                     return True

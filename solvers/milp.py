@@ -19,6 +19,7 @@ from .base import Answer, Options, Solver
 from .check import check
 from .lagrangian import relax_and_repair
 from .problem import Problem
+from .reach import fits
 from .rows import Rows, build_rows, loss_unit
 from .solution import Limit, Stats, relative_gap
 from .structure import Floats, Integers
@@ -90,8 +91,12 @@ class MilpSolver(Solver):
             stats["tightened"] = tightening
         stats["runs"] = runs
         if first is None:
+            stats["remark"] = f"no time was left for {self.name}: plan and bound are those of lagrangian"
             return Answer(best.columns, start.lower_bound, multipliers=start.multipliers, limit=Limit.TIME, stats=stats)
         stats["status"] = first.status
+        if first.values is None and not first.infeasible and best.columns is not None:
+            bound_too = "" if math.isfinite(first.bound) else " and bound"
+            stats["remark"] = f"{self.name} found no plan ({first.status}): plan{bound_too} are those of lagrangian"
         if first.infeasible and best.columns is not None:
             stats["remark"] = f"{self.name} says infeasible, a known plan meets the caps"
         bound = first.bound * unit if math.isfinite(first.bound) else start.lower_bound
@@ -119,6 +124,7 @@ class _Best:
     def offer(self, plan: Integers) -> bool:
         """Keep a plan if it is better; whether it holds at all."""
         report = check(self.problem, plan)
-        if report.feasible and report.loss < self.loss:
+        holds = report.feasible and fits(self.problem, plan)
+        if holds and report.loss < self.loss:
             self.columns, self.loss = np.sort(plan), report.loss
-        return report.feasible
+        return holds

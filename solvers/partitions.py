@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from .errors import SolverError
+
+MAX_DEAD_ENDS = 100_000
+"""Sets of layers that lead nowhere, after which the search is given up."""
+
 
 def partitions(masks: Sequence[int], full: int) -> Iterator[tuple[int, ...]]:
     """Yield every partition of `full` into entries of `masks`.
@@ -19,6 +24,9 @@ def partitions(masks: Sequence[int], full: int) -> Iterator[tuple[int, ...]]:
 
     Yields:
         positions in `masks`, ascending; partitions come in lexicographic order of their search.
+
+    Raises:
+        SolverError: the search runs into too many dead ends.
     """
     by_lowest: dict[int, list[int]] = {}
     for position, mask in enumerate(masks):
@@ -39,10 +47,15 @@ def partitions(masks: Sequence[int], full: int) -> Iterator[tuple[int, ...]]:
                     yield partition
         if not found:
             dead.add(missing)
+            if len(dead) > MAX_DEAD_ENDS:
+                raise SolverError(
+                    f"the columns of a group of {full.bit_length()} layers can be combined in too many ways to tell "
+                    "whether they cover it; offer every layer alone, or fewer patterns"
+                )
 
     return extend(full, ())
 
 
 def has_partition(masks: Sequence[int], full: int) -> bool:
-    """Whether `full` is a disjoint union of entries of `masks`."""
+    """Whether `full` is a disjoint union of entries of `masks`; raises as `partitions` does."""
     return next(partitions(masks, full), None) is not None

@@ -23,6 +23,8 @@ from .structure import Floats, Integers, Segments, Structure, full_mask
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
+SMALLEST, LARGEST = 1e-60, 1e60
+"""Of losses and uses: products and quotients of them stay numbers."""
 MAX_GROUP_SIZE = 62
 """Layers that a mask of type int64 can name, with one bit to spare."""
 
@@ -40,10 +42,10 @@ class Problem:
         group: (columns,) int32, the group that a column belongs to.
         mask: (columns,) int64, bit i set = the column covers layer i of its group.
         choice: (columns,) int32, which option (quantizer) the column uses; `uniform` uses one everywhere.
-        loss: (columns,) finite, >= 0.
-        usage: (resources, columns) finite, >= 0, in the resource's own unit.
+        loss: (columns,) 0, or between `SMALLEST` and `LARGEST`.
+        usage: (resources, columns) likewise, in the resource's own unit.
         caps: (resources,) finite; may be below `base`, then the problem is infeasible.
-        base: (resources,) finite, use that no choice changes: ``base + sum(usage) <= caps``.
+        base: (resources,) finite, >= 0, use that no choice changes: ``base + sum(usage) <= caps``.
         group_sizes: (groups,) int32, number of layers of each group, 1 to 62.
         resource_names: one per resource, such as ``("memory", "latency@1")``; `water_filling` knows the name
             ``memory``, the others are for messages.
@@ -171,13 +173,17 @@ class Problem:
             if array is None:
                 continue
             wrong = ~np.isfinite(array)
-            if name not in ("caps", "base"):
+            if name != "caps":
                 wrong |= array < 0
+            if name in ("loss", "usage"):
+                wrong |= (array > 0) & ((array < SMALLEST) | (array > LARGEST))
             if name in ("layer_weights", "column_bits"):
                 wrong |= array == 0
             if wrong.any():
                 where = tuple(int(i) for i in np.argwhere(wrong)[0])
-                allowed = {"caps": "finite", "base": "finite"}.get(name, "finite and not negative")
+                allowed = "finite" if name == "caps" else "finite and not negative"
+                if name in ("loss", "usage"):
+                    allowed = f"0 or between {SMALLEST:g} and {LARGEST:g}"
                 if name in ("layer_weights", "column_bits"):
                     allowed = "finite and positive"
                 raise SolverError(

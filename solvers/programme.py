@@ -38,6 +38,8 @@ BLOCKS, FEW_BLOCKS = 20, 5
 Between them prefixes may deviate by delta."""
 MOST_GROUPS = 1000
 """Groups up to which continuations are bounded with one resource kept exactly."""
+ROUNDING = 64 * np.finfo(np.float64).eps
+"""Of sums of uses, relative to the sum of the base configurations'."""
 SMALL = 20.0
 """Logarithm of the number of plans within delta up to which a programme is small."""
 
@@ -107,8 +109,9 @@ class _Search:
         self.configurations, self.limit = configurations, limit
         self.alternatives = Alternatives.build(configurations, problem.groups, resources)
         order = self.alternatives.order
-        rounding = 0.5e-12 * np.abs(problem.caps)
         base = configurations.usage[:, self.alternatives.base].sum(axis=1)
+        # what sums relative to the base configurations may be off by; a plan that takes this room is refused later
+        rounding = np.maximum(0.5e-12 * np.abs(problem.caps), ROUNDING * (np.abs(problem.caps) + base))
         self.room = (problem.room + rounding - base)[order]
         self.multipliers = multipliers[order]
         self.prices = Prices.build(self.alternatives, self.room, self.multipliers, delta)

@@ -10,7 +10,7 @@ from msq.planner.errors import InfeasibleBudgetError, PlanError
 from msq.planner.infeasible import no_plan
 from msq.planner.plan import Plan
 from msq.planner.problem_builder import BuiltProblem, build_problem
-from msq.planner.solve import plan_of
+from msq.planner.solve import find_plan, plan_of
 from msq.solvers.registry import get_solver, missing_requirements
 from msq.solvers.solution import Status
 
@@ -97,8 +97,28 @@ def test_infeasible_names_every_cap(built) -> None:
     assert solution.status is Status.INFEASIBLE
     error = no_plan(constrained, solution, 60.0)
     assert isinstance(error, InfeasibleBudgetError)
-    assert "under the side constraints" in str(error) and "memory of down_proj could be" in str(error)
+    assert "under the side constraints" in str(error) and "the cap on the memory of down_proj can't" in str(error)
+    assert "loosened by a factor of at least" in str(error)
     assert constrained.restore(solution).columns is None
+
+
+def test_infeasible_blames_ties_only_where_the_rest_can_be_met(built) -> None:
+    constrained = constrain(built, parse_constraints(["distinct=1", "pin:q_proj=nuq-2", "pin:k_proj=nuq-4"]))
+    solution = get_solver("scip").solve(constrained.problem)
+    assert "under distinct=1, though perhaps without" in str(no_plan(constrained, solution, 60.0))
+
+
+def test_the_reach_is_that_of_the_constrained_problem(built) -> None:
+    profile = built.profile
+    constraints = parse_constraints(["min-bits:.*=4"])
+    with pytest.raises(InfeasibleBudgetError, match=r"under the side constraints: the least .* is 4\.\d*bpw"):
+        find_plan(profile, parse_budgets(["memory=1bpw"]), constraints=constraints)
+
+
+def test_two_caps_on_one_device_keep_the_tighter(built) -> None:
+    constrained = constrain(built, parse_constraints(["device:down_proj=20KiB", "device:down_proj=10KiB"]))
+    assert constrained.problem.resource_names[-1] == "memory of down_proj"
+    assert constrained.problem.caps[-1] == 10240 and constrained.problem.resources == built.problem.resources + 1
 
 
 @pytest.mark.parametrize(

@@ -67,46 +67,90 @@ def _evaluate(problem: Problem, multipliers: Floats) -> tuple[float, float, Floa
 def _intersect(problem: Problem, clock: Clock) -> Dual:
     """One resource: exact, in about as many evaluations as the bits it takes to tell the pieces apart."""
     value, loss, excess, plan = _evaluate(problem, np.zeros(1))
-    plans = [plan]
     if fits(problem, plan):
-        return Dual(value, np.zeros(1), plans, False, 1)
-    over = (loss, float(excess[0]))
+        return Dual(value, np.zeros(1), [plan], False, 1)
     reach = reachable(problem)
-    plans.extend(reach.plans)
     if reach.proven_infeasible:
-        return Dual(math.inf, np.zeros(1), plans, True, 2)
-    lean = reach.plans[0]
-    under = (float(problem.loss[lean].sum()), float(problem.usage[0, lean].sum() - problem.room[0]))
-    best_value, best_price = value, 0.0
-    cap = float(usable_caps(problem)[0] - problem.base[0])
-    steps = 2
-    while steps < MAX_STEPS and not clock.over and over[1] > under[1]:
-        price = max(0.0, (under[0] - over[0]) / (over[1] - under[1]))
-        value, loss, excess, plan = _evaluate(problem, np.array([price]))
-        steps += 1
+        return Dual(math.inf, np.zeros(1), [plan, *reach.plans], True, 2)
+    found = _along(problem, 0, (loss, excess), reach.plans[0], clock)
+    bound, price = max((value, 0.0), (found.value, found.price))
+    return Dual(bound, np.array([price]), [plan, *reach.plans, *found.plans], False, 2 + len(found.plans))
+
+
+@dataclass(frozen=True, eq=False)
+class _Along:
+    """The maximum of the dual when one resource alone has a price.
+
+    Attributes:
+        value, price: the maximum, and where.
+        plans: plans met on the way.
+        excess: (resources,) of the mixture of the last two plans, on either side of the cap, that meets it exactly.
+    """
+
+    value: float
+    price: float
+    plans: list[Integers]
+    excess: Floats
+
+
+def _along(problem: Problem, resource: int, cheapest: tuple[float, Floats], lean: Integers, clock: Clock) -> _Along:
+    """Maximise over the price of one resource, the others' being zero.
+
+    Args:
+        problem: any.
+        resource: the one with a price.
+        cheapest: (loss, excess (resources,)) of the plan of least loss, which exceeds the resource's cap.
+        lean: a plan that doesn't.
+        clock: ends the search early.
+    """
+    room, cap = problem.room[resource], float(usable_caps(problem)[resource] - problem.base[resource])
+    over = cheapest
+    under = (float(problem.loss[lean].sum()), problem.usage[:, lean].sum(axis=1) - problem.room)
+    best_value, best_price = -math.inf, 0.0
+    plans: list[Integers] = []
+    prices = np.zeros(problem.resources)
+    while len(plans) < MAX_STEPS and not clock.over and over[1][resource] > under[1][resource]:
+        price = max(0.0, (under[0] - over[0]) / float(over[1][resource] - under[1][resource]))
+        prices[resource] = price
+        value, loss, excess, plan = _evaluate(problem, prices)
         plans.append(plan)
         if value > best_value:
             best_value, best_price = value, price
-        line = over[0] + price * over[1]
+        line = over[0] + price * float(over[1][resource])
         if value >= line - 1e-13 * (abs(line) + price * abs(cap)):
             break
-        if excess[0] + problem.room[0] <= cap:
-            under = (loss, float(excess[0]))
+        if excess[resource] + room <= cap:
+            under = (loss, excess)
         else:
-            over = (loss, float(excess[0]))
-    return Dual(best_value, np.array([best_price]), plans, False, steps)
+            over = (loss, excess)
+    apart = float(over[1][resource] - under[1][resource])
+    share = min(max(-float(under[1][resource]) / apart, 0.0), 1.0) if apart > 0 else 0.0
+    return _Along(best_value, best_price, plans, share * over[1] + (1 - share) * under[1])
 
 
 def _cut(problem: Problem, clock: Clock) -> Dual:
-    """Several resources: cutting planes, in units where every room and the loss are of order 1."""
+    """Several resources: cutting planes, in units where every room and the loss are of order 1.
+
+    Often one resource alone is scarce. Its price is looked for first: where the mixture of the plans that are best at
+    that price meets the other caps, no other price can be of use, for it is a supergradient.
+    """
     resources = problem.resources
-    value, _, _, plan = _evaluate(problem, np.zeros(resources))
+    value, loss, excess, plan = _evaluate(problem, np.zeros(resources))
     if fits(problem, plan):
         return Dual(value, np.zeros(resources), [plan], False, 1)
     reach = reachable(problem, clock=clock, only_prove=True)
     plans = [plan, *reach.plans]
     if reach.proven_infeasible:
         return Dual(math.inf, np.zeros(resources), plans, True, len(plans))
+    start = np.zeros(resources)
+    scarce = int(np.argmax(excess / np.where(problem.room > 0, problem.room, np.inf)))
+    if excess[scarce] > 0 and problem.usage[scarce, reach.plans[scarce]].sum() <= problem.room[scarce]:
+        found = _along(problem, scarce, (loss, excess), reach.plans[scarce], clock)
+        plans += found.plans
+        if (np.delete(found.excess, scarce) <= 0).all():
+            start[scarce] = found.price
+            return Dual(max(value, found.value), start, plans, False, len(plans))
+        start[scarce] = found.price
     uses = [problem.usage[:, known].sum(axis=1) for known in plans]
     losses = [float(problem.loss[known].sum()) for known in plans]
     room = np.where(problem.room > 0, problem.room, 0.0)
@@ -123,7 +167,7 @@ def _cut(problem: Problem, clock: Clock) -> Dual:
         return known_loss / loss_unit, excess / unit
 
     known_cuts = [cut(*pair) for pair in zip(losses, uses, strict=True)]
-    found = maximise(theta, np.zeros(resources), box=100.0, cuts=known_cuts, clock=clock)
-    multipliers = found.point * loss_unit / unit
-    bound = max(value, found.value * loss_unit)
+    best = maximise(theta, start * unit / loss_unit, box=100.0, cuts=known_cuts, clock=clock)
+    multipliers = best.point * loss_unit / unit
+    bound = max(value, best.value * loss_unit)
     return Dual(bound, multipliers, plans, False, len(plans))

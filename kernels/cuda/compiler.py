@@ -143,7 +143,7 @@ def compile_source(source: Source, arch: str) -> bytes:
     core = cuda_core()
     text = source.files()[source.file]
     options = core.ProgramOptions(
-        name=source.file, arch=arch, std=_STANDARD, define_macro=source.macros, include_path=str(source.root)
+        name=source.file, arch=arch, std=_STANDARD, define_macro=source.macros or None, include_path=str(source.root)
     )
     try:
         code = core.Program(text, "c++", options).compile("cubin").code

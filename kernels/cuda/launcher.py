@@ -66,6 +66,7 @@ class Kernel:
             except Exception as cause:  # cuda.core's own error types are not public
                 raise KernelError(f"{name} can't be loaded on cuda:{index}: {cause}") from cause
         attributes = self._kernel.attributes[index]
+        self._parameters = int(self._kernel.num_arguments)
         self.registers = int(attributes.num_regs)
         self.static_shared_bytes = int(attributes.shared_size_bytes)
         self.spilled_bytes = int(attributes.local_size_bytes)
@@ -125,6 +126,8 @@ class Kernel:
         Raises:
             KernelError: the driver refuses the launch.
         """
+        if len(args) != self._parameters:
+            raise KernelError(f"{self.name} takes {self._parameters} arguments; got {len(args)}.")
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
                 self.launch(grid, block, args, shared_bytes=shared_bytes, stream=stream, programmatic=programmatic)
@@ -168,4 +171,6 @@ def _pass(argument: Argument) -> Any:
         return ctypes.c_int32(argument)
     if isinstance(argument, float):
         return ctypes.c_float(argument)
-    return 0
+    if argument is None:
+        return 0
+    raise KernelError(f"expected tensors, integers, floats and None as a kernel's arguments; got {argument!r}.")

@@ -45,6 +45,8 @@ def compilations(monkeypatch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_machine_code_for_every_architecture_without_a_gpu(source, arch):
     assert compile_cubin(source, arch)[:4] == b"\x7fELF"
+    (source.root / "plain.cu").write_text('extern "C" __global__ void plain(int* x) { *x = 1; }')
+    assert compile_cubin(Source("plain.cu", "plain", root=source.root), arch)[:4] == b"\x7fELF"
 
 
 def test_a_kernel_is_compiled_once_for_all_processes(source, compilations, cache, tmp_path):

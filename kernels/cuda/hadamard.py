@@ -125,7 +125,7 @@ def division(step: Pass, many_rows: bool) -> Division:
 
 
 def matrix_table(step: Pass, group: int) -> Tensor:
-    """Signs of a pass's matrix M, ``(order // group, order)`` uint8; bit g of ``[b, i]`` is that of M[i, b * group + g]."""
+    """Signs of a pass's matrix M, ``(order // group, order)`` uint8: bit g of ``[b, i]`` is M[i, b * group + g] < 0."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     for order in step.orders:
         matrix = torch.kron(matrix, hadamard_matrix(order))

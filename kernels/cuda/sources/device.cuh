@@ -29,21 +29,21 @@ __device__ __forceinline__ float bits_to_float(u32 bits) { return __uint_as_floa
 
 __device__ __forceinline__ u32 float_to_bits(float value) { return __float_as_uint(value); }
 
-__device__ __forceinline__ float fp16_to_float(u16 bits) {
+__device__ __forceinline__ float half_to_float(u16 bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
 
-__device__ __forceinline__ u16 float_to_fp16(float value) {
+__device__ __forceinline__ u16 float_to_half(float value) {
     u16 bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
 
-__device__ __forceinline__ float bf16_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
+__device__ __forceinline__ float bfloat_to_float(u16 bits) { return __uint_as_float((u32)bits << 16); }
 
-__device__ __forceinline__ u16 float_to_bf16(float value) {
+__device__ __forceinline__ u16 float_to_bfloat(float value) {
     u16 bits;
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
@@ -60,7 +60,7 @@ __device__ __forceinline__ float exchange(float value, int lane_mask) {
 
 // Waits until the kernels ahead in the stream have written what they write. Needed, and doing anything, only in a
 // kernel launched as `programmatic`; everything it reads or overwrites of theirs must come after.
-__device__ __forceinline__ void wait_for_previous_kernel() {
+__device__ __forceinline__ void wait_for_previous_kernels() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

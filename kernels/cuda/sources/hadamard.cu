@@ -65,7 +65,7 @@ struct Raw {
             return bits_to_float(word[n]);
         } else {
             u16 half = (u16)(word[n / 2] >> 16 * (n % 2));
-            return FORMAT == FORMAT_FP16 ? fp16_to_float(half) : bf16_to_float(half);
+            return FORMAT == FORMAT_FP16 ? half_to_float(half) : bfloat_to_float(half);
         }
     }
 
@@ -75,10 +75,10 @@ struct Raw {
             if constexpr (FORMAT == FORMAT_FP32) {
                 word[n] = float_to_bits(values[n]);
             } else {
-                word[n] = FORMAT == FORMAT_FP16 ? float_to_fp16(values[2 * n]) : float_to_bf16(values[2 * n]);
+                word[n] = FORMAT == FORMAT_FP16 ? float_to_half(values[2 * n]) : float_to_bfloat(values[2 * n]);
                 if constexpr (COUNT > 1) {
                     float odd = values[2 * n + 1];
-                    word[n] |= (u32)(FORMAT == FORMAT_FP16 ? float_to_fp16(odd) : float_to_bf16(odd)) << 16;
+                    word[n] |= (u32)(FORMAT == FORMAT_FP16 ? float_to_half(odd) : float_to_bfloat(odd)) << 16;
                 }
             }
         }
@@ -167,9 +167,9 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
             }
         }
     };
-    read_tables(0);
-    wait_for_previous_kernel();
     allow_next_kernel();
+    read_tables(0);
+    wait_for_previous_kernels();
 #pragma unroll 1
     for (int first = 0; first < STEPS; first += BATCH) {
 #pragma unroll

@@ -38,15 +38,15 @@ inline To same_bits(From from) {
 
 inline float bits_to_float(u32 bits) { return same_bits<float>(bits); }
 inline u32 float_to_bits(float value) { return same_bits<u32>(value); }
-inline float fp16_to_float(u16 bits) { return (float)same_bits<_Float16>(bits); }
-inline u16 float_to_fp16(float value) { return same_bits<u16>((_Float16)value); }
-inline float bf16_to_float(u16 bits) { return same_bits<float>((u32)bits << 16); }
-inline u16 float_to_bf16(float value) {
+inline float half_to_float(u16 bits) { return (float)same_bits<_Float16>(bits); }
+inline u16 float_to_half(float value) { return same_bits<u16>((_Float16)value); }
+inline float bfloat_to_float(u16 bits) { return same_bits<float>((u32)bits << 16); }
+inline u16 float_to_bfloat(float value) {
     u32 bits = float_to_bits(value);
     return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 inline float sigmoid(float value) { return 1.0f / (1.0f + std::exp(-value)); }
 inline float reciprocal_root(float value) { return 1.0f / std::sqrt(value); }
 inline float exchange(float value, int lane_mask) { return emulator::shuffle(value, lane_mask); }
-inline void wait_for_previous_kernel() {}
+inline void wait_for_previous_kernels() {}
 inline void allow_next_kernel() {}

@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The tested torch; an existing torch in the environment is kept.
 TORCH ?= torch==2.13.0
+# NVRTC, so that the tests compile every CUDA kernel, GPU or not; there is none for macOS.
+comma := ,
+CUDA := $(if $(filter Darwin,$(shell uname -s)),,$(comma)cuda)
 
 .PHONY: setup demo test lint test-gpu bench clean
 
@@ -13,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"msq needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}: make PYTHON=..."'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev$(CUDA)]"
 	touch $@
 
 demo: setup

@@ -11,8 +11,12 @@
 // neighbouring columns; COLUMNS / VECTOR lanes span the columns, and the WAYS = WARPS_K * 32 * VECTOR / COLUMNS groups
 // of lanes that do so take every WAYS-th i. Their partial sums meet in shared memory in a fixed order; then one warp
 // transforms one j. Only partial sums go through shared memory, at the price that every block reads the row.
-#include "device.cuh"
+//
+// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, NORM, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is divided);
+// IN and OUT: formats, 0 fp16, 1 bf16, 2 fp32.
+#include "ptx.cuh"
 
+constexpr int FP16 = 0, FP32 = 2;
 constexpr int LANES = 32;
 constexpr int WARPS = WARPS_K * WARPS_J;
 constexpr int SPAN = COLUMNS / VECTOR;                // lanes across the columns
@@ -36,14 +40,23 @@ static_assert(!FWHT || TILES == 1, "a transform needs all its columns in one blo
 static_assert(!NORM || (TILES == 1 && OUTER == 1), "a norm needs the whole row in one block");
 static_assert(GROUP <= 8 && (WAYS > 1 || OWN == VECTOR), "unsupported division of work");
 
+__device__ constexpr int bytes_of(int format) { return format == FP32 ? 4 : 2; }
+
+__device__ __forceinline__ float sigmoid(float value) { return __fdividef(1.0f, 1.0f + __expf(-value)); }
+
+__device__ __forceinline__ float exchange(float value, int lane_mask) {
+    return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+// COUNT neighbouring numbers as they lie in memory, moved in the widest pieces.
 template <int FORMAT, int COUNT>
 struct Raw {
-    static constexpr int BYTES = Bytes<FORMAT>::value * COUNT;
+    static constexpr int BYTES = bytes_of(FORMAT) * COUNT;
     static constexpr int WORDS = (BYTES + 3) / 4;
     u32 word[WORDS];
 
     __device__ __forceinline__ void load(const void* base, long long index) {
-        const u8* address = (const u8*)base + index * Bytes<FORMAT>::value;
+        const u8* address = (const u8*)base + index * bytes_of(FORMAT);
         if constexpr (BYTES >= 16) {
 #pragma unroll
             for (int n = 0; n < WORDS / 4; ++n) {
@@ -61,31 +74,31 @@ struct Raw {
     }
 
     __device__ __forceinline__ float value(int n) const {
-        if constexpr (FORMAT == FORMAT_FP32) {
+        if constexpr (FORMAT == FP32) {
             return bits_to_float(word[n]);
         } else {
             u16 half = (u16)(word[n / 2] >> 16 * (n % 2));
-            return FORMAT == FORMAT_FP16 ? half_to_float(half) : bfloat_to_float(half);
+            return FORMAT == FP16 ? half_to_float(half) : bfloat_to_float(half);
         }
     }
 
     __device__ __forceinline__ void set(const float* values) {
 #pragma unroll
         for (int n = 0; n < WORDS; ++n) {
-            if constexpr (FORMAT == FORMAT_FP32) {
+            if constexpr (FORMAT == FP32) {
                 word[n] = float_to_bits(values[n]);
             } else {
-                word[n] = FORMAT == FORMAT_FP16 ? float_to_half(values[2 * n]) : float_to_bfloat(values[2 * n]);
+                word[n] = FORMAT == FP16 ? float_to_half(values[2 * n]) : float_to_bfloat(values[2 * n]);
                 if constexpr (COUNT > 1) {
                     float odd = values[2 * n + 1];
-                    word[n] |= (u32)(FORMAT == FORMAT_FP16 ? float_to_half(odd) : float_to_bfloat(odd)) << 16;
+                    word[n] |= (u32)(FORMAT == FP16 ? float_to_half(odd) : float_to_bfloat(odd)) << 16;
                 }
             }
         }
     }
 
     __device__ __forceinline__ void store(void* base, long long index) const {
-        u8* address = (u8*)base + index * Bytes<FORMAT>::value;
+        u8* address = (u8*)base + index * bytes_of(FORMAT);
         if constexpr (BYTES >= 16) {
 #pragma unroll
             for (int n = 0; n < WORDS / 4; ++n) {
@@ -147,8 +160,8 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
     int column = tile * COLUMNS + lane % SPAN * VECTOR;
     int base = outer * (ORDER * INNER) + column;  // of this lane's columns in the row, at i = 0
     const u8* group = matrix + (slice * WARPS_J + warp_j) * ORDER;
-    const u8* in_row = (const u8*)in + (long long)row * in_stride * Bytes<IN>::value;
-    const u8* up_row = (const u8*)second + (long long)row * second_stride * Bytes<IN>::value;
+    const u8* in_row = (const u8*)in + (long long)row * in_stride * bytes_of(IN);
+    const u8* up_row = (const u8*)second + (long long)row * second_stride * bytes_of(IN);
 
     float sum[GROUP][VECTOR] = {};
     float power = 0.0f;
@@ -210,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
         for (int half = 1; half < LANES; half *= 2) power += exchange(power, half);
     }
     if constexpr (WAYS == 1) {
-        if constexpr (NORM) scale *= reciprocal_root(power / ROW + epsilon);
+        if constexpr (NORM) scale *= rsqrtf(power / ROW + epsilon);
 #pragma unroll
         for (int g = 0; g < GROUP; ++g) {
             if constexpr (FWHT) transform(sum[g], lane);
@@ -229,7 +242,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
         for (int g = 0; g < GROUP; ++g) {
 #pragma unroll
             for (int piece = 0; piece < PIECES; ++piece) {
-                Raw<FORMAT_FP32, PIECE> stored;
+                Raw<FP32, PIECE> stored;
                 stored.set(sum[g] + piece * PIECE);
                 stored.store(partial, (((warp * GROUP + g) * PIECES + piece) * LANES + lane) * PIECE);
             }
@@ -240,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
             power = 0.0f;
 #pragma unroll
             for (int k = 0; k < WARPS_K; ++k) power += powers[k];
-            scale *= reciprocal_root(power / ROW + epsilon);
+            scale *= rsqrtf(power / ROW + epsilon);
         }
         for (int local = warp; local < GROUP * WARPS_J; local += WARPS) {
             float value[OWN] = {};
@@ -253,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
                 for (int n = 0; n < OWN; n += TAKEN) {
                     int c = own_column + n;
                     int source = part % LANE_WAYS * SPAN + c / VECTOR, piece = c % VECTOR / PIECE;
-                    Raw<FORMAT_FP32, TAKEN> taken;
+                    Raw<FP32, TAKEN> taken;
                     taken.load(partial, ((start + piece) * LANES + source) * PIECE + c % PIECE);
 #pragma unroll
                     for (int m = 0; m < TAKEN; ++m) value[n + m] += taken.value(m);

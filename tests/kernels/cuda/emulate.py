@@ -1,4 +1,4 @@
-"""Kernels on a CPU: their source compiled by a host compiler against `emulation/device.cuh` and run thread by thread.
+"""Kernels on a CPU: their source compiled by a host compiler against `emulation/ptx.cuh` and run thread by thread.
 
 It shows that indices, shapes, sums and barriers are right, of the very source that runs on a GPU; what it can't show is
 races between warps that a lucky order hides, and inline PTX.

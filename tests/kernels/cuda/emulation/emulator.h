@@ -1,5 +1,5 @@
 // Runs a CUDA kernel on one CPU thread: a fiber for each thread of a block, block after block. Barriers wait for the
-// whole block and exchanges for the whole warp; a kernel whose threads don't all arrive stops the program with a message.
+// whole block and exchanges for the whole warp; a kernel whose threads don't all come stops with a message.
 #pragma once
 #include <ucontext.h>
 
@@ -14,6 +14,7 @@
 #define __launch_bounds__(...)
 #define __shared__ static
 #define __syncthreads() emulator::barrier()
+#define __shfl_xor_sync(lanes, value, lane_mask) emulator::shuffle(value, lane_mask)
 
 struct Index {
     unsigned x = 0, y = 0, z = 0;

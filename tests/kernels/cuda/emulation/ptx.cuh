@@ -1,5 +1,4 @@
-// Stands in for sources/device.cuh: the same names for a host compiler. A block's threads are fibers that run until they
-// meet at a barrier or a warp exchange; see emulator.h.
+// Stands in for sources/ptx.cuh: those of its names that emulated kernels use, for a host compiler.
 #pragma once
 #include "emulator.h"
 
@@ -11,21 +10,12 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define FORMAT_FP16 0
-#define FORMAT_BF16 1
-#define FORMAT_FP32 2
-
-template <int FORMAT>
-struct Bytes {
-    static constexpr int value = FORMAT == FORMAT_FP32 ? 4 : 2;
+struct alignas(16) Words4 {
+    u32 x, y, z, w;
 };
 
 struct alignas(8) Words2 {
     u32 x, y;
-};
-
-struct alignas(16) Words4 {
-    u32 x, y, z, w;
 };
 
 template <class To, class From>
@@ -45,8 +35,10 @@ inline u16 float_to_bfloat(float value) {
     u32 bits = float_to_bits(value);
     return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-inline float sigmoid(float value) { return 1.0f / (1.0f + std::exp(-value)); }
-inline float reciprocal_root(float value) { return 1.0f / std::sqrt(value); }
-inline float exchange(float value, int lane_mask) { return emulator::shuffle(value, lane_mask); }
+
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float value) { return std::exp(value); }
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+
 inline void wait_for_previous_kernels() {}
 inline void allow_next_kernel() {}

@@ -1,7 +1,7 @@
 """Packed weights in the order in which the kernels read them: a permutation of bytes, made once when a layer is loaded.
 
 The stored layout (`packing`) numbers a tile's pairs by lane, four a lane. A kernel wants each lane to read long runs of
-the bit stream with few aligned loads. So a *unit* of 16 rows x 128 columns, 8 tiles, is dealt out anew: lane ``4 g + t``
+the bit stream with few aligned loads. So a *unit* of 16 rows x 128 columns, 8 tiles, is dealt out anew: lane 4 g + t
 takes pairs ``16 g .. 16 g + 15`` of tile ``t`` and then of tile ``4 + t``, ``2 * width`` bytes each, in all `width`
 32-bit words. In memory the lanes' words are interleaved in pieces of 16 bytes a lane, then one of 8 where
 ``width & 2``, then one of 4 where ``width & 1``. `sources/decoders.cuh` is the other side of this.
@@ -85,12 +85,12 @@ def from_units(units: Tensor, column_tiles: int) -> Tensor:
     parts = units.split([32 * size for size in sizes], dim=2)
     lanes = torch.cat([part.unflatten(2, (32, size)) for part, size in zip(parts, sizes, strict=True)], dim=3)
     dealt = lanes.unflatten(2, (8, 4)).unflatten(4, (2, 2 * width))  # row, unit, g, t, block, bytes
-    tiles = dealt.permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(1, 3)
+    tiles: Tensor = dealt.permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(1, 3)
     return tiles[:, :column_tiles].contiguous()
 
 
 def prepare(weight: QuantizedWeight) -> PreparedWeight:
-    """A layer for the kernels, on the device of its tensors; `kernels.cuda.decode.unsupported_reason` says which fit."""
+    """A layer for the kernels, on the device of its tensors; `decode.unsupported_reason` says which layers fit."""
     return PreparedWeight(
         weight.spec,
         weight.out_features,

@@ -1,16 +1,17 @@
 // y = x W^T for up to 16 tokens and a packed W: decoded on the fly into the A operand of mma.m16n8k16.
 //
-// The grid is SPLITS x (blocks / SPLITS). A block takes one of SPLITS chunks of the input dimension and a range of rows
-// of tiles; its warps share the chunk's units, so each walks down the block's rows in its own columns and never waits
-// for another, except to add up: partial sums meet in shared memory every ROUND_TILES rows of tiles, in the order of
-// the warps. With several chunks, the block of the last one adds the others' sums in the order of the chunks; they pass
-// through `workspace`, whose words are EMPTY before and after every launch, so that a sum's arrival needs no flag. That
-// block has the highest index, so those it waits for are running or done. Every sum has a fixed order: results repeat.
+// A block takes one of SPLITS chunks of the input dimension (the grid is a multiple of SPLITS) and a range of rows of
+// tiles. Its warps share the chunk's units: each walks down the block's rows in columns of its own and waits for no
+// other, except to add up. Their sums meet in shared memory every ROUND_TILES rows of tiles, in the order of the warps.
+// With several chunks, the block of the last one adds the others' sums in the order of the chunks; they pass through
+// `workspace`, whose words are EMPTY before and after every launch, so that a sum's arrival needs no flag. That block
+// has the highest index, so those it waits for are running or done. Every sum has a fixed order: results repeat.
 //
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns: half of the warps work on each.
 //
 // Macros: FAMILY, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
-// BULK, STAGES, STAGE_UNITS, ROW_TILES (stream.cuh), WARPS, TOKENS (1, 2, 4, 8 or 16), BFLOAT, SPLITS, ROUND_TILES.
+// BULK, STAGES, STAGE_UNITS, ROW_TILES (stream.cuh), WARPS, RESIDENT (blocks for which a multiprocessor must
+// have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT, SPLITS, ROUND_TILES (a multiple of ROW_TILES), SUM_BUFFERS (1, 2).
 #include "decoders.cuh"
 #include "stream.cuh"
 #include "tokens.cuh"
@@ -31,7 +32,8 @@ using Ring = Stream<Unit<WIDEST>::BYTES>;
 // Offsets in shared memory; after them come the scales and biases of the block's rows, then the tokens.
 constexpr int RING_OFFSET = Low::TABLE_BYTES;
 constexpr int SUMS_OFFSET = RING_OFFSET + WARPS * RING_BYTES;
-constexpr int BARRIER_OFFSET = SUMS_OFFSET + 2 * WARPS * ROUND_TILES * TILE_SUMS * 4;
+constexpr int ROUND_SUMS = WARPS * ROUND_TILES * TILE_SUMS;
+constexpr int BARRIER_OFFSET = SUMS_OFFSET + SUM_BUFFERS * ROUND_SUMS * 4;
 constexpr int FACTOR_OFFSET = BARRIER_OFFSET + WARPS * STAGES * 8;
 constexpr int ROWS_OFFSET = (FACTOR_OFFSET + (WARPS + 1) * TOKENS * 4 + 15) & ~15;
 
@@ -155,7 +157,7 @@ __device__ __forceinline__ void finish_round(
 // packed_*: units of each segment, (row_tiles, units, 128 * WIDTH bytes). codebook: fp16, null for int. scales: fp16,
 // one for each row; bias and y in the type of x. x: (batch, columns_low + columns_high). workspace: fp32 words for
 // SPLITS > 1, (SPLITS - 1, row_tiles, TOKENS, 16). row_capacity: rows of a block for which there is shared memory.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     const u8* packed_low, const u8* packed_high, const u16* codebook, const u16* scales, const u16* bias, const u16* x,
     u16* y, u32* workspace, int row_tiles, int units_low, int units_high, int columns_low, int columns_high, int batch,
     int row_capacity) {
@@ -163,11 +165,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(
     check_shared_base(shared);
     allow_next_kernel();
 
-    int blocks = gridDim.x, block = blockIdx.x, chunk = 0;
-    while (block >= blocks * (chunk + 1) / SPLITS) ++chunk;
-    int chunk_first = blocks * chunk / SPLITS, chunk_blocks = blocks * (chunk + 1) / SPLITS - chunk_first;
-    int first_tile = row_tiles * (block - chunk_first) / chunk_blocks;
-    int tiles = row_tiles * (block - chunk_first + 1) / chunk_blocks - first_tile;
+    int chunk_blocks = gridDim.x / SPLITS, chunk = blockIdx.x / chunk_blocks, block = blockIdx.x % chunk_blocks;
+    int first_tile = row_tiles * block / chunk_blocks;
+    int tiles = row_tiles * (block + 1) / chunk_blocks - first_tile;
 
     int warp = shuffle(threadIdx.x / 32, 0);  // so that the compiler sees that a warp's lanes agree
     Segment low{units_low * chunk / SPLITS, units_low * (chunk + 1) / SPLITS, 0, columns_low};
@@ -215,7 +215,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(
     u32 table_lane = Low::lane_offset();
     const u16* my_tokens = tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 16 +
                            (stream.first - mine.first + (is_low ? 0 : low.units())) * UNIT_COLUMNS;
-    int round_start = 0, parity = 0;
+    int round_start = 0;
+    float* round_sums = all_sums;
     for (int tile = 0; tile < tiles; tile += ROW_TILES) {
         Sums sums = {};
         int rows = min(ROW_TILES, tiles - tile);
@@ -226,13 +227,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) multiply(
             multiply_rows<Choose<SECOND_WIDTH>::Decoder, SECOND_WIDTH>(
                 sums, stream, rows, table_lane, held, my_tokens, token_stride, batch);
         }
-        float* round_sums = all_sums + parity * WARPS * ROUND_TILES * TILE_SUMS;
         store_sums(round_sums + (warp * ROUND_TILES + tile - round_start) * TILE_SUMS, sums);
         if (tile + ROW_TILES - round_start == ROUND_TILES || tile + ROW_TILES >= tiles) {
             block_sync();
             finish_round(to, round_sums, chunk, first_tile, round_start, tile + rows - round_start);
             round_start = tile + ROW_TILES;
-            parity ^= 1;
+            // The next round's sums must not meet those that are being read: another buffer, or another barrier.
+            if constexpr (SUM_BUFFERS == 2) {
+                round_sums = round_sums == all_sums ? all_sums + ROUND_SUMS : all_sums;
+            } else {
+                block_sync();
+            }
         }
     }
 }

@@ -7,8 +7,12 @@ import torch
 import torch.nn.functional as F
 from msq.kernels.cuda import ops
 from msq.kernels.cuda.hadamard import rotation_tables
+from msq.kernels.cuda.layout import prepare
 from msq.kernels.errors import QuantizerError
+from msq.kernels.quantize import decode
 from msq.kernels.rotation import rotate
+from msq.kernels.specs import Family, QuantizerSpec
+from msq.profiles.latency import KernelShape, random_weight
 from torch.library import opcheck
 
 assert ops
@@ -62,3 +66,38 @@ def test_wrong_inputs_are_named(tables):
         torch.ops.msq.rotate_gated(x, x[:1], *tables)
     with pytest.raises(QuantizerError, match="a norm's weight"):
         torch.ops.msq.rotate_normed(x, x, 1e-5, *tables)
+
+
+SPECS = [
+    QuantizerSpec(Family.INT, 4),
+    QuantizerSpec(Family.NUQ, 3),
+    QuantizerSpec(Family.VQ, 2.5),
+    QuantizerSpec(Family.TCQ, 2.5, 12),
+    QuantizerSpec(Family.HALF_TCQ, 2.75, 12),
+]
+
+
+def arguments(weight):
+    """A weight as the operators take it: tensors, then fields of the spec."""
+    ready = prepare(weight)
+    spec = weight.spec
+    tensors = (list(ready.units), ready.scales, ready.codebook)
+    return tensors, (str(spec.family), spec.bits, spec.state_bits)
+
+
+@pytest.fixture(params=SPECS, ids=lambda spec: spec.label)
+def weight(request):
+    return random_weight(request.param, KernelShape("a", 48, SIZE), torch.device("cpu"))
+
+
+def test_products_are_those_of_the_decoded_weight(weight, x):
+    tensors, fields = arguments(weight)
+    bias, workspace = torch.randn(48).to(x.dtype), torch.empty(0, dtype=torch.int32)
+    assert torch.equal(torch.ops.msq.dequantize(*tensors, SIZE, torch.float32, *fields), decode(weight))
+    expected = F.linear(x.float(), decode(weight), bias.float()).to(x.dtype)
+    assert torch.equal(torch.ops.msq.multiply(x, *tensors, bias, workspace, *fields), expected)
+    opcheck(torch.ops.msq.multiply.default, (x, *tensors, bias, workspace, *fields))
+    opcheck(torch.ops.msq.multiply.default, (x, *tensors, None, workspace, *fields))
+    opcheck(torch.ops.msq.dequantize.default, (*tensors, SIZE, torch.float16, *fields))
+    with pytest.raises(QuantizerError, match=r"expected a bias of shape \(48,\)"):
+        torch.ops.msq.multiply(x, *tensors, bias[1:], workspace, *fields)

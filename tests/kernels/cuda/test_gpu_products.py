@@ -14,7 +14,7 @@ from msq.profiles.latency import KernelShape, random_weight
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
-LARGEST_ERROR = 2e-3
+LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 2.5e-3}  # rounding a result to bfloat16 alone takes 1.7e-3
 PALETTE = default_palette()
 FAMILIES = [
     QuantizerSpec(Family.INT, 4),
@@ -73,7 +73,7 @@ def test_products_of_one_token(spec, workspace):
         weight = layer(spec, *shape)
         x = torch.randn(1, shape[1], device=DEVICE).half()
         found = product(x, prepare(weight), workspace)
-        assert relative_error(found, x.double() @ decode(weight).double().T) < LARGEST_ERROR
+        assert relative_error(found, x.double() @ decode(weight).double().T) < LARGEST_ERROR[x.dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -90,7 +90,7 @@ def test_every_batch_repeats_itself(spec, dtype, workspace):
             found = product(x, ready, workspace, bias)
             expected = x.double() @ exact.T + bias.double()
             worst = max(relative_error(row, right) for row, right in zip(found, expected, strict=True))
-            assert worst < LARGEST_ERROR, f"{shape}, batch {batch}: relative error {worst:.2e}"
+            assert worst < LARGEST_ERROR[dtype], f"{shape}, batch {batch}: relative error {worst:.2e}"
             assert all(torch.equal(product(x, ready, workspace, bias), found) for _ in range(3))
 
 
@@ -102,7 +102,7 @@ def test_shapes_of_a_large_model(spec, workspace):
         for batch in (1, 8):
             x = torch.randn(batch, shape[1], device=DEVICE).half()
             first = product(x, ready, workspace)
-            assert relative_error(first, x.double() @ exact.double().T) < LARGEST_ERROR
+            assert relative_error(first, x.double() @ exact.double().T) < LARGEST_ERROR[x.dtype]
             assert all(torch.equal(product(x, ready, workspace), first) for _ in range(20))
 
 
@@ -113,7 +113,7 @@ def test_values_of_any_size_keep_their_accuracy(workspace):
         for scale in scales:
             scaled = (x * scale).to(dtype)
             found = product(scaled, prepare(weight), workspace)
-            assert relative_error(found, scaled.double() @ decode(weight).double().T) < LARGEST_ERROR
+            assert relative_error(found, scaled.double() @ decode(weight).double().T) < LARGEST_ERROR[dtype]
     zero = product(torch.zeros(2, 256, device=DEVICE, dtype=torch.bfloat16), prepare(weight), workspace)
     assert not zero.any()
 

@@ -205,4 +205,5 @@ def _cost(
     columns = -(-in_features // tuning.splits)
     weights = launch.row_capacity * columns * spec.bits / 8
     tokens = batch * columns * 2
-    return weights + 0.7 * tokens + (_COMBINE_BYTES if tuning.splits > 1 else 0)
+    waiting = _COMBINE_BYTES + (tuning.splits - 1) * launch.row_capacity * batch * 4 if tuning.splits > 1 else 0
+    return weights + 0.7 * tokens + waiting

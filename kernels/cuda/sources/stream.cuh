@@ -78,7 +78,7 @@ struct Stream {
 #pragma unroll
                 for (int piece = 0; piece < ROW_BYTES; piece += 512) {
                     int offset = piece + 16 * lane_index();
-                    if (row < rows && offset < bytes) copy_async(stage + row * ROW_BYTES + offset, from + offset);
+                    if (row < rows && offset < bytes) copy_async<16>(stage + row * ROW_BYTES + offset, from + offset);
                 }
                 from += row_bytes;
             }

@@ -8,7 +8,7 @@ TORCH ?= torch==2.13.0
 comma := ,
 CUDA := $(if $(filter Darwin,$(shell uname -s)),,$(comma)cuda)
 
-.PHONY: setup demo test lint test-gpu bench clean
+.PHONY: setup demo test lint test-gpu sanitize bench clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,13 @@ lint: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Every kind of kernel once under compute-sanitizer (of the CUDA toolkit), each allocation by itself.
+sanitize: setup
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest -q -m gpu tests/kernels/cuda/test_gpu_sanitize.py || exit 1; \
+	done
 
 bench: setup
 	$(BIN)/python -m msq.experiments.check_promises --out experiments/results/promises.csv

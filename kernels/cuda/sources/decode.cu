@@ -75,8 +75,8 @@ template <typename Decoder, int WIDTH>
 __device__ __forceinline__ void multiply_rows(
     Sums& sums, Ring& stream, int rows, u32 table_lane,
     Words4 (&held)[TOKEN_TILES][2], const u16* tokens, int token_stride, int batch) {
-    for (int first = stream.first; first < stream.end; first += STAGE_UNITS) {
-        int count = min(STAGE_UNITS, stream.end - first);
+    for (int left = stream.units; left > 0; left -= STAGE_UNITS) {
+        int count = min(STAGE_UNITS, left);
         stream.wait();
         for (int i = 0; i < count; ++i) {
             Unit<WIDTH> units[ROW_TILES];
@@ -187,12 +187,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     Ring stream;
     stream.unit_bytes = is_low ? Unit<WIDTH_LOW>::BYTES : Unit<SECOND_WIDTH>::BYTES;
     stream.row_bytes = (is_low ? units_low : units_high) * stream.unit_bytes;
-    stream.source = (is_low ? packed_low : packed_high) + static_cast<u64>(first_tile) * stream.row_bytes;
-    stream.first = mine.first + mine.units() * share / shares;
-    stream.end = mine.first + mine.units() * (share + 1) / shares;
-    stream.tiles = tiles;
     stream.ring = shared + RING_OFFSET + warp * RING_BYTES;
     stream.barriers = reinterpret_cast<u64*>(shared + BARRIER_OFFSET) + warp * STAGES;
+    int first_unit = mine.units() * share / shares, end_unit = mine.units() * (share + 1) / shares;  // of the chunk
     u16* codebook_copy = reinterpret_cast<u16*>(shared + CODEBOOK_OFFSET);
     u16* row_scales = reinterpret_cast<u16*>(shared + ROWS_OFFSET);
     u16* row_bias = row_scales + row_capacity;
@@ -202,7 +199,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         if (bias != nullptr) fetch_async<32 * FILLERS>(row_bias, bias + first_tile * 16, tiles * 32);
         copy_commit();
     }
-    stream.begin();
+    const u8* packed = (is_low ? packed_low : packed_high) + static_cast<u64>(first_tile) * stream.row_bytes;
+    stream.begin(packed, mine.first + first_unit, mine.first + end_unit, tiles);
 
     float* all_sums = reinterpret_cast<float*>(shared + SUMS_OFFSET);
     float* factors = reinterpret_cast<float*>(shared + FACTOR_OFFSET);
@@ -225,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     Words4 held[TOKEN_TILES][2] = {};
     u32 table_lane = Low::lane_offset();
     const u16* my_tokens = tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 16 +
-                           (stream.first - mine.first + (is_low ? 0 : low.units())) * UNIT_COLUMNS;
+                           (first_unit + (is_low ? 0 : low.units())) * UNIT_COLUMNS;
     int round_start = 0;
     float* round_sums = all_sums;
     for (int tile = 0; tile < tiles; tile += ROW_TILES) {

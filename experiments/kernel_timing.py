@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,10 +30,12 @@ class Pool:
     """
 
     def __init__(self, device: torch.device, size_bytes: int) -> None:
+        self.device = device
         words = torch.empty(size_bytes // 8, dtype=torch.int64, device=device)
         self._bytes = words.random_().view(torch.uint8)
         cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self._turn_bytes = min(_CACHE_MULTIPLE * cache_bytes, size_bytes)
+        self._weights: dict[tuple[QuantizerSpec, int, int, bool], list[PreparedWeight]] = {}
 
     def slices(self, size_bytes: int, *, cold: bool = True) -> list[Tensor]:
         """uint8 views of `size_bytes`: enough that none is cached when its turn comes again; one where not `cold`."""
@@ -43,7 +46,15 @@ class Pool:
     def weights(
         self, spec: QuantizerSpec, out_features: int, in_features: int, *, cold: bool = True
     ) -> list[PreparedWeight]:
-        """Layers of random codes."""
+        """Layers of random codes, each with scales and a codebook of its own; the same ones for the same arguments."""
+        key = (spec, out_features, in_features, cold)
+        if key not in self._weights:
+            self._weights[key] = self._new_weights(*key)
+        return self._weights[key]
+
+    def _new_weights(
+        self, spec: QuantizerSpec, out_features: int, in_features: int, cold: bool
+    ) -> list[PreparedWeight]:
         row_tiles = out_features // TILE
         shapes = [
             (row_tiles, -(-tiles * TILE // UNIT_COLUMNS), 128 * pair_width(rate))
@@ -58,6 +69,11 @@ class Pool:
         return found
 
 
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
 def time_launches(calls: Sequence[Callable[[], object]], replays: int = 11) -> tuple[float, float]:
     """Median and interquartile range in microseconds of a call, the calls taken in turn inside a CUDA graph."""
     for call in calls[:2]:
@@ -65,9 +81,11 @@ def time_launches(calls: Sequence[Callable[[], object]], replays: int = 11) -> t
     torch.cuda.synchronize()
     launches = max(len(calls), _FEWEST_LAUNCHES)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.stream(_capture_stream()):
+        graph.capture_begin()
         for i in range(launches):
             calls[i % len(calls)]()
+        graph.capture_end()
     for _ in range(2):
         graph.replay()
     times = []

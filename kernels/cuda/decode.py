@@ -52,7 +52,7 @@ def unsupported_reason(
 
 
 @cache
-def _ready(
+def ready(
     spec: QuantizerSpec,
     out_features: int,
     in_features: int,
@@ -61,6 +61,11 @@ def _ready(
     index: int,
     tuning: Tuning | None,
 ) -> tuple[Launch, Kernel]:
+    """The loaded kernel of a shape on CUDA device `index`, and how to launch it.
+
+    Raises:
+        KernelError: it is not supported there, or `tuning` does not fit.
+    """
     device = torch.device("cuda", index)
     reason = unsupported_reason(spec, out_features, in_features, batch, device)
     if reason is not None:
@@ -83,7 +88,32 @@ def new_workspace(words: int, device: torch.device) -> Tensor:
 def workspace_words(weight: PreparedWeight, batch: int, dtype: torch.dtype, tuning: Tuning | None = None) -> int:
     """Words of workspace that `multiply` needs for a batch; 0 for most."""
     index = weight.device.index
-    return _ready(weight.spec, weight.out_features, weight.in_features, batch, dtype, index, tuning)[0].workspace_words
+    return ready(weight.spec, weight.out_features, weight.in_features, batch, dtype, index, tuning)[0].workspace_words
+
+
+def kernel_arguments(
+    x: Tensor, weight: PreparedWeight, bias: Tensor | None, y: Tensor, workspace: Tensor | None, launch: Launch
+) -> tuple[Tensor | int | None, ...]:
+    """What the kernel is called with, in the order of its parameters."""
+    low, high = weight.units[0], weight.units[-1] if len(weight.units) > 1 else None
+    columns = weight.segment_columns
+    return (
+        low,
+        high,
+        weight.codebook if weight.codebook.numel() else None,
+        weight.scales,
+        bias,
+        x,
+        y,
+        workspace if launch.workspace_words else None,
+        weight.out_features // TILE,
+        low.shape[1],
+        0 if high is None else high.shape[1],
+        columns[0],
+        columns[1] if len(columns) > 1 else 0,
+        x.shape[0],
+        launch.row_capacity,
+    )
 
 
 def multiply(
@@ -116,30 +146,12 @@ def multiply(
             f"got {tuple(x.shape)} {x.dtype}."
         )
     index = weight.device.index
-    launch, kernel = _ready(weight.spec, weight.out_features, weight.in_features, batch, x.dtype, index, tuning)
+    launch, kernel = ready(weight.spec, weight.out_features, weight.in_features, batch, x.dtype, index, tuning)
     if launch.workspace_words and (workspace is None or workspace.numel() < launch.workspace_words):
         raise KernelError(f"this product needs a workspace of {launch.workspace_words} words: see new_workspace().")
     if x.data_ptr() % 16:
         raise KernelError("activations must be aligned to 16 bytes; copy them first.")
     y = torch.empty(batch, weight.out_features, dtype=x.dtype, device=x.device) if out is None else out
-    low, high = weight.units[0], weight.units[-1] if len(weight.units) > 1 else None
-    columns = weight.segment_columns
-    arguments = (
-        low,
-        high,
-        weight.codebook if weight.codebook.numel() else None,
-        weight.scales,
-        bias,
-        x,
-        y,
-        workspace if launch.workspace_words else None,
-        weight.out_features // TILE,
-        low.shape[1],
-        0 if high is None else high.shape[1],
-        columns[0],
-        columns[1] if len(columns) > 1 else 0,
-        batch,
-        launch.row_capacity,
-    )
+    arguments = kernel_arguments(x, weight, bias, y, workspace, launch)
     kernel.launch(launch.grid, launch.block, arguments, shared_bytes=launch.shared_bytes, programmatic=programmatic)
     return y

@@ -24,7 +24,7 @@ def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source
             break
         replicas //= 2
     macros |= {"WIDTH_LOW": pair_width(rate), "WARPS": _WARPS, "BFLOAT": FORMATS[dtype]}
-    return Source("dequantize.cu", "dequantize", macros), table_bytes
+    return Source("dequantize.cu", "dequantize", macros), table_bytes + spec.table_bytes
 
 
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float16, out: Tensor | None = None) -> Tensor:

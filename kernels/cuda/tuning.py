@@ -146,7 +146,8 @@ def launch_for(
     ring = tuning.stages * tuning.stage_units * tuning.row_tiles * 128 * max(widths)
     sums = sum_buffers * round_tiles * tokens * token_stride * 4
     fixed = table_bytes + tuning.warps * (ring + sums + tuning.stages * 8) + (tuning.warps + 1) * tokens * 4
-    shared = -(-fixed // 16) * 16 + 2 * 2 * row_capacity + batch * 2 * (columns + 8)
+    rows = spec.table_bytes + -spec.table_bytes % 16 + 2 * 2 * row_capacity
+    shared = fixed + -fixed % 16 + rows + batch * 2 * (columns + 8)
     if shared > (limits.shared_bytes + _RESERVED_BYTES) // tuning.blocks - _RESERVED_BYTES:
         return None
     return Launch(
@@ -205,4 +206,5 @@ def _cost(
     columns = -(-in_features // tuning.splits)
     weights = launch.row_capacity * columns * spec.bits / 8
     tokens = batch * columns * 2
-    return weights + 0.7 * tokens + (_COMBINE_BYTES if tuning.splits > 1 else 0)
+    waiting = _COMBINE_BYTES + (tuning.splits - 1) * launch.row_capacity * batch * 4 if tuning.splits > 1 else 0
+    return weights + 0.7 * tokens + waiting

@@ -21,6 +21,7 @@ constexpr int TOKEN_TILES = (TOKENS + 7) / 8;
 constexpr int TOKEN_STRIDE = TOKENS == 1 ? 16 : 20;  // floats; 20 keeps the fragments' stores free of conflicts
 constexpr int TILE_SUMS = TOKENS * TOKEN_STRIDE;
 constexpr u32 EMPTY = 0xFFFFFFFF;  // a NaN that no sum has
+constexpr int MOST_POLLS = 1 << 23;  // seconds: the workspace must have been shared or spoilt
 
 using Low = Choose<WIDTH_LOW>::Decoder;
 constexpr int LOW_WARPS = WIDTH_HIGH ? WARPS / 2 : WARPS;
@@ -35,7 +36,8 @@ constexpr int SUMS_OFFSET = RING_OFFSET + WARPS * RING_BYTES;
 constexpr int ROUND_SUMS = WARPS * ROUND_TILES * TILE_SUMS;
 constexpr int BARRIER_OFFSET = SUMS_OFFSET + SUM_BUFFERS * ROUND_SUMS * 4;
 constexpr int FACTOR_OFFSET = BARRIER_OFFSET + WARPS * STAGES * 8;
-constexpr int ROWS_OFFSET = (FACTOR_OFFSET + (WARPS + 1) * TOKENS * 4 + 15) & ~15;
+constexpr int CODEBOOK_OFFSET = (FACTOR_OFFSET + (WARPS + 1) * TOKENS * 4 + 15) & ~15;
+constexpr int ROWS_OFFSET = CODEBOOK_OFFSET + ((Low::CODEBOOK_BYTES + 15) & ~15);
 
 using Sums = float[ROW_TILES][TOKEN_TILES][4];
 
@@ -73,8 +75,8 @@ template <typename Decoder, int WIDTH>
 __device__ __forceinline__ void multiply_rows(
     Sums& sums, Ring& stream, int rows, u32 table_lane,
     Words4 (&held)[TOKEN_TILES][2], const u16* tokens, int token_stride, int batch) {
-    for (int first = stream.first; first < stream.end; first += STAGE_UNITS) {
-        int count = min(STAGE_UNITS, stream.end - first);
+    for (int left = stream.units; left > 0; left -= STAGE_UNITS) {
+        int count = min(STAGE_UNITS, left);
         stream.wait();
         for (int i = 0; i < count; ++i) {
             Unit<WIDTH> units[ROW_TILES];
@@ -141,8 +143,12 @@ __device__ __forceinline__ void finish_round(
             }
             float others = 0;
             for (int other = 0; other < SPLITS - 1; ++other) {
-                u32 bits;
-                while ((bits = load_global(slot + other * stride)) == EMPTY) pause();
+                u32 bits = load_global(slot + other * stride);
+                for (int polls = 0; bits == EMPTY; ++polls) {
+                    if (polls == MOST_POLLS) stop_kernel();
+                    pause();
+                    bits = load_global(slot + other * stride);
+                }
                 store_global(slot + other * stride, EMPTY);
                 others += bits_to_float(bits);
             }
@@ -169,6 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     int first_tile = row_tiles * block / chunk_blocks;
     int tiles = row_tiles * (block + 1) / chunk_blocks - first_tile;
 
+    // Half of the warps prepare the table and fetch the scales while the others fetch the tokens.
+    constexpr int FILLERS = WARPS / 2;
     int warp = shuffle(threadIdx.x / 32, 0);  // so that the compiler sees that a warp's lanes agree
     Segment low{units_low * chunk / SPLITS, units_low * (chunk + 1) / SPLITS, 0, columns_low};
     Segment high{units_high * chunk / SPLITS, units_high * (chunk + 1) / SPLITS, columns_low, columns_high};
@@ -179,30 +187,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     Ring stream;
     stream.unit_bytes = is_low ? Unit<WIDTH_LOW>::BYTES : Unit<SECOND_WIDTH>::BYTES;
     stream.row_bytes = (is_low ? units_low : units_high) * stream.unit_bytes;
-    stream.source = (is_low ? packed_low : packed_high) + static_cast<u64>(first_tile) * stream.row_bytes;
-    stream.first = mine.first + mine.units() * share / shares;
-    stream.end = mine.first + mine.units() * (share + 1) / shares;
-    stream.tiles = tiles;
     stream.ring = shared + RING_OFFSET + warp * RING_BYTES;
     stream.barriers = reinterpret_cast<u64*>(shared + BARRIER_OFFSET) + warp * STAGES;
-    stream.begin();
+    int first_unit = mine.units() * share / shares, end_unit = mine.units() * (share + 1) / shares;  // of the chunk
+    u16* codebook_copy = reinterpret_cast<u16*>(shared + CODEBOOK_OFFSET);
+    u16* row_scales = reinterpret_cast<u16*>(shared + ROWS_OFFSET);
+    u16* row_bias = row_scales + row_capacity;
+    if (warp < FILLERS) {
+        fetch_async<32 * FILLERS>(codebook_copy, codebook, Low::CODEBOOK_BYTES);
+        fetch_async<32 * FILLERS>(row_scales, scales + first_tile * 16, tiles * 32);
+        if (bias != nullptr) fetch_async<32 * FILLERS>(row_bias, bias + first_tile * 16, tiles * 32);
+        copy_commit();
+    }
+    const u8* packed = (is_low ? packed_low : packed_high) + static_cast<u64>(first_tile) * stream.row_bytes;
+    stream.begin(packed, mine.first + first_unit, mine.first + end_unit, tiles);
 
     float* all_sums = reinterpret_cast<float*>(shared + SUMS_OFFSET);
     float* factors = reinterpret_cast<float*>(shared + FACTOR_OFFSET);
-    u16* row_scales = reinterpret_cast<u16*>(shared + ROWS_OFFSET);
-    u16* row_bias = row_scales + row_capacity;
     u16* tokens = row_bias + row_capacity;
     int token_stride = (low.units() + high.units()) * UNIT_COLUMNS + 8;  // 8 more: loads without bank conflicts
 
-    // Half of the warps fill the table while the others fetch the rest, so that the latencies overlap.
-    constexpr int FILLERS = WARPS / 2;
     if (warp < FILLERS) {
-        Low::fill<32 * FILLERS>(shared, codebook);
+        copy_wait<BULK ? 0 : STAGES>();
+        barrier_sync<2, 32 * FILLERS>();
+        Low::fill<32 * FILLERS>(shared, codebook_copy);
     } else {
-        for (int i = threadIdx.x - 32 * FILLERS; i < tiles * 16; i += THREADS - 32 * FILLERS) {
-            row_scales[i] = scales[first_tile * 16 + i];
-            if (bias != nullptr) row_bias[i] = bias[first_tile * 16 + i];
-        }
         wait_for_previous_kernels();
         load_tokens<FILLERS, WARPS - FILLERS>(
             tokens, token_stride, low, high, x, columns_low + columns_high, batch, warp - FILLERS, factors,
@@ -214,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     Words4 held[TOKEN_TILES][2] = {};
     u32 table_lane = Low::lane_offset();
     const u16* my_tokens = tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 16 +
-                           (stream.first - mine.first + (is_low ? 0 : low.units())) * UNIT_COLUMNS;
+                           (first_unit + (is_low ? 0 : low.units())) * UNIT_COLUMNS;
     int round_start = 0;
     float* round_sums = all_sums;
     for (int tile = 0; tile < tiles; tile += ROW_TILES) {

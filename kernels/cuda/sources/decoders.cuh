@@ -9,7 +9,7 @@
 // Words of a unit in memory, for all lanes: WIDTH / 4 pieces of 16 bytes a lane, then 8 bytes a lane if WIDTH & 2, then
 // 4 if WIDTH & 1: 128 * WIDTH bytes, every access aligned and without bank conflicts.
 //
-// Tables lie at the start of shared memory with REPLICAS copies of every 4-byte entry side by side. With 32 of them each lane reads
+// Tables, made of the codebook by `fill`, lie at the start of shared memory with REPLICAS copies of every 4-byte entry side by side. With 32 of them each lane reads
 // its own bank, so a lookup is one wavefront whatever the codes; with fewer, lanes that share a copy may collide.
 #pragma once
 
@@ -63,29 +63,27 @@ __device__ __forceinline__ u32 window(const u32 (&words)[N], int position, int c
     return funnel_shift(words[word], words[word + 1], shift);
 }
 
-// One value into all its copies; the threads of a block share the entries of a table. Values are fetched in batches, so
-// that their latencies overlap.
+// Fetches `bytes` of global memory, a multiple of 16 or 8 alone, by the first THREADS threads of a block; asynchronously.
+template <int THREADS>
+__device__ __forceinline__ void fetch_async(void* to, const void* from, int bytes) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < bytes / 16; i += THREADS) {
+        copy_async<16>(reinterpret_cast<Words4*>(to) + i, reinterpret_cast<const Words4*>(from) + i);
+    }
+    if (bytes == 8 && threadIdx.x == 0) copy_async<8>(to, from);
+}
+
+// One value into all its copies; the first THREADS threads of a block share the entries of a table.
 template <int ENTRIES, int COPIES, int THREADS, typename Value>
 __device__ __forceinline__ void fill_table(u8* table, Value value) {
     constexpr int STORE_WORDS = COPIES < 4 ? 1 : 4;
-    constexpr int STORES = ENTRIES * COPIES / STORE_WORDS;
-    constexpr int BATCH = STORES / THREADS < 1 ? 1 : STORES / THREADS < 8 ? STORES / THREADS : 8;
-    for (int start = threadIdx.x; start < STORES; start += BATCH * THREADS) {
-        u32 entry[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            int store = start + i * THREADS;
-            entry[i] = store < STORES ? value(store * STORE_WORDS / COPIES) : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-            int store = start + i * THREADS;
-            if (store >= STORES) continue;
-            if constexpr (STORE_WORDS == 4) {
-                reinterpret_cast<Words4*>(table)[store] = Words4{entry[i], entry[i], entry[i], entry[i]};
-            } else {
-                reinterpret_cast<u32*>(table)[store] = entry[i];
-            }
+#pragma unroll 4
+    for (int store = threadIdx.x; store < ENTRIES * COPIES / STORE_WORDS; store += THREADS) {
+        u32 entry = value(store * STORE_WORDS / COPIES);
+        if constexpr (STORE_WORDS == 4) {
+            reinterpret_cast<Words4*>(table)[store] = Words4{entry, entry, entry, entry};
+        } else {
+            reinterpret_cast<u32*>(table)[store] = entry;
         }
     }
 }
@@ -95,7 +93,7 @@ __device__ __forceinline__ void fill_table(u8* table, Value value) {
 template <int WIDTH>
 struct IntegerDecoder {
     static constexpr int BITS = WIDTH / 2;
-    static constexpr int TABLE_BYTES = 0;
+    static constexpr int TABLE_BYTES = 0, CODEBOOK_BYTES = 0;
     static constexpr u32 HALF = (512 * 2 + (1 << BITS) - 1);  // twice what is subtracted
     static constexpr u32 HALF_BITS = 0xE000 | (HALF - 1024);  // -(HALF / 2) in fp16, between 512 and 1024
 
@@ -124,6 +122,7 @@ template <int WIDTH, int COPIES>
 struct PairDecoder {
     static constexpr int ENTRIES = 1 << WIDTH;
     static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
+    static constexpr int CODEBOOK_BYTES = FAMILY == INT ? 0 : FAMILY == NUQ ? 2 << WIDTH / 2 : 4 << WIDTH;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 
     template <int THREADS>
@@ -160,6 +159,7 @@ struct ScalarDecoder {
     static constexpr int BITS = WIDTH / 2;
     static constexpr int ENTRIES = 1 << BITS;
     static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
+    static constexpr int CODEBOOK_BYTES = 2 * ENTRIES;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 
     template <int THREADS>
@@ -196,6 +196,7 @@ template <int WIDTH, int STATE, int INDEX, int COPIES, bool SIGNED>
 struct TrellisDecoder {
     static constexpr int ENTRIES = 1 << (INDEX + SIGNED);
     static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
+    static constexpr int CODEBOOK_BYTES = 4 << INDEX;
     static constexpr int INDEX_BIT = 15 - INDEX;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 

@@ -40,7 +40,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(
     int out_stride) {
     extern __shared__ __align__(128) u8 shared[];
     check_shared_base(shared);
-    Decoder::fill<32 * WARPS>(shared, codebook);
+    u16* codebook_copy = reinterpret_cast<u16*>(shared + Decoder::TABLE_BYTES);
+    fetch_async<32 * WARPS>(codebook_copy, codebook, Decoder::CODEBOOK_BYTES);
+    copy_commit();
+    copy_wait<0>();
+    block_sync();
+    Decoder::fill<32 * WARPS>(shared, codebook_copy);
     block_sync();
     u32 table_lane = Decoder::lane_offset();
     int row = lane_index() / 4, column = lane_index() % 4 * 16;

@@ -19,6 +19,9 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 
 __device__ __forceinline__ int lane_index() { return threadIdx.x & 31; }
 
+// Ends the kernel with an error, which the host sees at its next synchronisation.
+__device__ __forceinline__ void stop_kernel() { __trap(); }
+
 // Where dynamic shared memory begins when a kernel has no other: known, so that it costs no addition at every lookup.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 constexpr u32 SHARED_BASE = 1024;
@@ -28,7 +31,7 @@ constexpr u32 SHARED_BASE = 0;
 
 // Stops the kernel, with an error at the next synchronisation, should an architecture lay shared memory out otherwise.
 __device__ __forceinline__ void check_shared_base(const void* dynamic_shared) {
-    if (shared_address(dynamic_shared) != SHARED_BASE) __trap();
+    if (shared_address(dynamic_shared) != SHARED_BASE) stop_kernel();
 }
 
 // The word `offset` bytes into dynamic shared memory.
@@ -124,9 +127,14 @@ __device__ __forceinline__ void store_global(u32* pointer, u32 value) {
     asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
-// 16 bytes from global to shared memory, asynchronously; both aligned to 16.
+// BYTES (8 or 16) from global to shared memory, asynchronously; both aligned to BYTES.
+template <int BYTES>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    }
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -36,19 +36,17 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) read_ring(const u8* pac
     Ring stream;
     stream.unit_bytes = Unit<WIDTH_LOW>::BYTES;
     stream.row_bytes = units * stream.unit_bytes;
-    stream.source = packed + static_cast<u64>(first_tile) * stream.row_bytes;
-    stream.first = units * warp / WARPS;
-    stream.end = units * (warp + 1) / WARPS;
-    stream.tiles = row_tiles * (blockIdx.x + 1) / gridDim.x - first_tile;
     stream.ring = shared + warp * STAGES * Ring::STAGE_BYTES;
     stream.barriers = reinterpret_cast<u64*>(shared + WARPS * STAGES * Ring::STAGE_BYTES) + warp * STAGES;
-    stream.begin();
+    int tiles = row_tiles * (blockIdx.x + 1) / gridDim.x - first_tile;
+    const u8* first = packed + static_cast<u64>(first_tile) * stream.row_bytes;
+    stream.begin(first, units * warp / WARPS, units * (warp + 1) / WARPS, tiles);
     u32 all = 0;
-    for (int tile = 0; tile < stream.tiles; tile += ROW_TILES) {
-        for (int first = stream.first; first < stream.end; first += STAGE_UNITS) {
+    for (int tile = 0; tile < tiles; tile += ROW_TILES) {
+        for (int left = stream.units; left > 0; left -= STAGE_UNITS) {
             stream.wait();
-            for (int i = 0; i < min(STAGE_UNITS, stream.end - first); ++i) {
-                for (int row = 0; row < min(ROW_TILES, stream.tiles - tile); ++row) {
+            for (int i = 0; i < min(STAGE_UNITS, left); ++i) {
+                for (int row = 0; row < min(ROW_TILES, tiles - tile); ++row) {
                     Unit<WIDTH_LOW> unit;
                     unit.load(stream.at(row, i));
 #pragma unroll

@@ -11,19 +11,22 @@ struct Stream {
     static constexpr int ROW_BYTES = MAX_UNIT_BYTES * STAGE_UNITS;
     static constexpr int STAGE_BYTES = ROW_BYTES * ROW_TILES;
 
-    const u8* source;  // row of tiles 0 and unit 0 of what the warp may read
-    int unit_bytes, row_bytes;
-    int first, end, tiles;  // the warp reads units `first .. end` of rows of tiles `0 .. tiles`
     u8* ring;
     u64* barriers;
+    int unit_bytes, row_bytes;  // of a unit, and of a whole row of tiles in memory
+    int units;                  // that the warp reads of each row
     int slot = 0;
     u32 parity = 0;
-    int next_tile = 0, next_unit = 0;  // what to fetch next
+    // What to fetch next: from where, stages left of the row, rows left.
+    const u8* source;
+    int stages_left, rows_left;
 
-    // Starts fetching.
-    __device__ __forceinline__ void begin() {
-        if (first >= end) tiles = 0;
-        next_unit = first;
+    // Starts fetching units `first .. end` of `rows` rows of tiles, the first of which begins at `packed`.
+    __device__ __forceinline__ void begin(const u8* packed, int first, int end, int rows) {
+        units = end - first;
+        source = packed + first * unit_bytes;
+        stages_left = stages_of_row();
+        rows_left = units > 0 ? rows : 0;
 #if BULK
         if (lane_index() == 0) {
 #pragma unroll
@@ -32,7 +35,7 @@ struct Stream {
         }
         warp_sync();
 #endif
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < STAGES; ++i) fetch(i);
     }
 
@@ -58,18 +61,19 @@ struct Stream {
         if (++slot == STAGES) slot = 0, parity ^= 1;
     }
 
+    __device__ __forceinline__ int stages_of_row() const { return (units + STAGE_UNITS - 1) / STAGE_UNITS; }
+
     __device__ __forceinline__ void fetch(int to) {
-        if (next_tile < tiles) {
-            int bytes = min(STAGE_UNITS, end - next_unit) * unit_bytes, rows = min(ROW_TILES, tiles - next_tile);
-            const u8* from = source + (static_cast<u64>(next_tile) * row_bytes + next_unit * unit_bytes);
+        if (rows_left > 0) {
+            int full = STAGE_UNITS * unit_bytes;
+            int bytes = stages_left > 1 ? full : (units - (stages_of_row() - 1) * STAGE_UNITS) * unit_bytes;
             u8* stage = ring + to * STAGE_BYTES;
 #if BULK
             if (lane_index() == 0) {
-                barrier_expect(barriers + to, rows * bytes);
+                barrier_expect(barriers + to, min(ROW_TILES, rows_left) * bytes);
 #pragma unroll
                 for (int row = 0; row < ROW_TILES; ++row) {
-                    if (row < rows) copy_bulk(stage + row * ROW_BYTES, from, bytes, barriers + to);
-                    from += row_bytes;
+                    if (row < rows_left) copy_bulk(stage + row * ROW_BYTES, source + row * row_bytes, bytes, barriers + to);
                 }
             }
 #else
@@ -78,13 +82,18 @@ struct Stream {
 #pragma unroll
                 for (int piece = 0; piece < ROW_BYTES; piece += 512) {
                     int offset = piece + 16 * lane_index();
-                    if (row < rows && offset < bytes) copy_async(stage + row * ROW_BYTES + offset, from + offset);
+                    if (row < rows_left && offset < bytes) {
+                        copy_async<16>(stage + row * ROW_BYTES + offset, source + row * row_bytes + offset);
+                    }
                 }
-                from += row_bytes;
             }
 #endif
-            next_unit += STAGE_UNITS;
-            if (next_unit >= end) next_unit = first, next_tile += ROW_TILES;
+            source += full;
+            if (--stages_left == 0) {
+                stages_left = stages_of_row();
+                rows_left -= ROW_TILES;
+                source += ROW_TILES * row_bytes - stages_left * full;
+            }
         }
 #if !BULK
         copy_commit();

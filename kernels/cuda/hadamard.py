@@ -32,7 +32,8 @@ _MAX_ORDER = {False: 640, True: 192}
 """Largest matrix of a pass, for few and many rows: factors are merged up to it, which saves launches and costs work."""
 MANY_ROWS = 32
 """From this many rows on, blocks share less of the work and repeat less of it."""
-_SHARED_LIMIT = 48 << 10
+SHARED_LIMIT = 48 << 10
+"""Bytes of shared memory that a block may have without asking."""
 _FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MATRIX_GROUPS = 8
 """Outputs whose signs share a byte of a matrix table, at most."""
@@ -120,7 +121,7 @@ def division(step: Pass, many_rows: bool) -> Division:
     vector = step.columns // 32 if step.columns >= 32 else min(8, step.columns)
     group = _largest_divisor(step.order, _MATRIX_GROUPS)
     alone = step.columns >= 32  # a warp has whole sums: no shared memory
-    limit = 8 if alone else max(1, _SHARED_LIMIT // (group * vector * 32 * 4) - 1)
+    limit = 8 if alone else max(1, SHARED_LIMIT // (group * vector * 32 * 4) - 1)
     return Division(vector, 1, _largest_divisor(step.order // group, min(8, limit)), group)
 
 

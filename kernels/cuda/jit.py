@@ -33,6 +33,7 @@ __all__ = [
     "compile_cubin",
     "compiler_version",
     "device_arch",
+    "forget",
     "load",
 ]
 
@@ -96,3 +97,10 @@ def load(source: Source, device: torch.device) -> Kernel:
                 )
             _loaded[source, index] = Kernel(str(source), source.entry, compile_cubin(source, arch), index)
         return _loaded[source, index]
+
+
+def forget(source: Source) -> None:
+    """Drop a kernel from this process, so that `load` reads its file again; for measuring what a first use costs."""
+    with _lock:
+        for known in [key for key in _loaded if key[0] == source]:
+            del _loaded[known]

@@ -2,11 +2,11 @@
 
     python -m msq.experiments.bench_layers --out results/layers.csv      under two minutes, kernels in cache or not
 
-Rows (`what`): `rotate`, `rotate_normed`, `rotate_gated` (input in the second-level cache, as it is in a model), `divide`
-(rotations of one row under other divisions of work), `layer` (rotation and product through the operators, weights from
-memory), `multiply` (the product alone), `decode`, `dequantize`, `cublas` (where decoding stops to pay), `host` (the
-processor's time for one call of an operator), `compile` and `cached` (first use of a kernel by a process, without and
-with the file in the cache). Medians over replays of a CUDA graph, but for the last three.
+Rows (`what`): `rotate`, `rotate_normed`, `rotate_gated` (input in the second-level cache, as it is in a model),
+`divide` (rotations of one row under other divisions of work), `layer` (rotation and product through the operators,
+weights from memory), `multiply` (the product alone), `decode`, `dequantize`, `cublas` (where decoding stops to pay),
+`host` (the processor's time for one call of an operator), `compile` and `cached` (first use of a kernel by a process,
+without and with the file in the cache). Medians over replays of a CUDA graph, but for the last three.
 """
 
 from __future__ import annotations
@@ -185,6 +185,8 @@ def first_uses(device: torch.device) -> Iterator[Row]:
         for name, code in sources.items():
             for what in ("compile", "cached"):
                 jit.forget(code)
+                for path in Path(folder).rglob("*.cubin") if what == "compile" else ():
+                    path.unlink()
                 begun = time.perf_counter()
                 jit.load(code, device)
                 yield row(what, name, 1, ((time.perf_counter() - begun) * 1e6, 0.0))

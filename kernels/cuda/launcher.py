@@ -33,6 +33,12 @@ def _bind_thread(core: Any, index: int) -> None:
         devices.add(index)
 
 
+def _current_stream(index: int) -> int:
+    """The handle of torch's current stream; what `torch.cuda.current_stream` wraps, at a tenth of its cost."""
+    handle: int = torch._C._cuda_getCurrentRawStream(index)
+    return handle
+
+
 class Kernel:
     """One entry of a compiled file on one device.
 
@@ -133,7 +139,7 @@ class Kernel:
                 self.launch(grid, block, args, shared_bytes=shared_bytes, stream=stream, programmatic=programmatic)
             return
         _bind_thread(self._core, self.index)
-        handle = torch.cuda.current_stream(self.index).cuda_stream if stream is None else stream.cuda_stream
+        handle = _current_stream(self.index) if stream is None else stream.cuda_stream
         wrapped = self._streams.get(handle)
         if wrapped is None:
             wrapped = self._core.Stream.from_handle(handle) if handle else self._core.LEGACY_DEFAULT_STREAM

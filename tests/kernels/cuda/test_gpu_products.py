@@ -10,7 +10,8 @@ from msq.kernels.cuda.layout import prepare
 from msq.kernels.linear import IMPLEMENTATIONS
 from msq.kernels.quantize import decode
 from msq.kernels.specs import Family, QuantizerSpec, default_palette
-from msq.profiles.latency import KernelShape, random_weight
+
+from .layers import random_layer
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -25,10 +26,6 @@ FAMILIES = [
     QuantizerSpec(Family.HALF_TCQ, 3.25, 16),
 ]
 ODD_SHAPES = [(16, 32), (48, 96), (272, 1056), (112, 4128)]
-
-
-def layer(spec, out_features, in_features):
-    return random_weight(spec, KernelShape("a", out_features, in_features), DEVICE)
 
 
 @pytest.fixture
@@ -57,7 +54,7 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("spec", PALETTE, ids=lambda spec: spec.label)
 def test_decoded_weights_are_exactly_the_twins(spec, workspace):
-    weight = layer(spec, 48, 96)
+    weight = random_layer(spec, 48, 96, DEVICE)
     ready, expected = prepare(weight), decode(weight)
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(dequantize(ready, dtype), expected.to(dtype))
@@ -70,7 +67,7 @@ def test_decoded_weights_are_exactly_the_twins(spec, workspace):
 @pytest.mark.parametrize("spec", PALETTE, ids=lambda spec: spec.label)
 def test_products_of_one_token(spec, workspace):
     for shape in [*ODD_SHAPES, (1024, 4096)]:
-        weight = layer(spec, *shape)
+        weight = random_layer(spec, *shape, DEVICE)
         x = torch.randn(1, shape[1], device=DEVICE).half()
         found = product(x, prepare(weight), workspace)
         assert relative_error(found, x.double() @ decode(weight).double().T) < LARGEST_ERROR[x.dtype]
@@ -80,7 +77,7 @@ def test_products_of_one_token(spec, workspace):
 @pytest.mark.parametrize("spec", FAMILIES, ids=lambda spec: spec.label)
 def test_every_batch_repeats_itself(spec, dtype, workspace):
     for shape in [(272, 1056), (512, 14336)]:
-        weight = layer(spec, *shape)
+        weight = random_layer(spec, *shape, DEVICE)
         ready, exact = prepare(weight), decode(weight).double()
         bias = torch.randn(shape[0], device=DEVICE).to(dtype)
         tokens = torch.randn(16, shape[1], device=DEVICE).to(dtype)
@@ -97,7 +94,7 @@ def test_every_batch_repeats_itself(spec, dtype, workspace):
 @pytest.mark.parametrize("spec", FAMILIES[::2], ids=lambda spec: spec.label)
 def test_shapes_of_a_large_model(spec, workspace):
     for shape in [(6144, 4096), (4096, 14336), (28672, 4096)]:
-        weight = layer(spec, *shape)
+        weight = random_layer(spec, *shape, DEVICE)
         ready, exact = prepare(weight), decode(weight)
         for batch in (1, 8):
             x = torch.randn(batch, shape[1], device=DEVICE).half()
@@ -107,7 +104,7 @@ def test_shapes_of_a_large_model(spec, workspace):
 
 
 def test_values_of_any_size_keep_their_accuracy(workspace):
-    weight = layer(FAMILIES[1], 64, 256)
+    weight = random_layer(FAMILIES[1], 64, 256, DEVICE)
     x = torch.randn(2, 256, device=DEVICE)
     for dtype, scales in [(torch.float16, (1e-3, 100.0)), (torch.bfloat16, (1e-20, 1e-3, 1e15))]:
         for scale in scales:

@@ -12,8 +12,9 @@ from msq.kernels.errors import QuantizerError
 from msq.kernels.quantize import decode
 from msq.kernels.rotation import rotate
 from msq.kernels.specs import Family, QuantizerSpec
-from msq.profiles.latency import KernelShape, random_weight
 from torch.library import opcheck
+
+from .layers import random_layer
 
 assert ops
 SEED, SIZE = 11, 96
@@ -87,7 +88,7 @@ def arguments(weight):
 
 @pytest.fixture(params=SPECS, ids=lambda spec: spec.label)
 def weight(request):
-    return random_weight(request.param, KernelShape("a", 48, SIZE), torch.device("cpu"))
+    return random_layer(request.param, 48, SIZE)
 
 
 def test_products_are_those_of_the_decoded_weight(weight, x):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msq.experiments.kernel_checks import random_weight
 from msq.kernels.cuda import decode as kernels
 from msq.kernels.cuda.dequantize import dequantize
 from msq.kernels.cuda.layout import prepare
 from msq.kernels.linear import IMPLEMENTATIONS
 from msq.kernels.quantize import decode
 from msq.kernels.specs import Family, QuantizerSpec, default_palette
-
-from .layers import random_layer
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -54,7 +53,7 @@ def relative_error(found, expected):
 
 @pytest.mark.parametrize("spec", PALETTE, ids=lambda spec: spec.label)
 def test_decoded_weights_are_exactly_the_twins(spec, workspace):
-    weight = random_layer(spec, 48, 96, DEVICE)
+    weight = random_weight(spec, 48, 96, DEVICE)
     ready, expected = prepare(weight), decode(weight)
     for dtype in (torch.float16, torch.bfloat16):
         assert torch.equal(dequantize(ready, dtype), expected.to(dtype))
@@ -67,7 +66,7 @@ def test_decoded_weights_are_exactly_the_twins(spec, workspace):
 @pytest.mark.parametrize("spec", PALETTE, ids=lambda spec: spec.label)
 def test_products_of_one_token(spec, workspace):
     for shape in [*ODD_SHAPES, (1024, 4096)]:
-        weight = random_layer(spec, *shape, DEVICE)
+        weight = random_weight(spec, *shape, DEVICE)
         x = torch.randn(1, shape[1], device=DEVICE).half()
         found = product(x, prepare(weight), workspace)
         assert relative_error(found, x.double() @ decode(weight).double().T) < LARGEST_ERROR[x.dtype]
@@ -77,7 +76,7 @@ def test_products_of_one_token(spec, workspace):
 @pytest.mark.parametrize("spec", FAMILIES, ids=lambda spec: spec.label)
 def test_every_batch_repeats_itself(spec, dtype, workspace):
     for shape in [(272, 1056), (512, 14336)]:
-        weight = random_layer(spec, *shape, DEVICE)
+        weight = random_weight(spec, *shape, DEVICE)
         ready, exact = prepare(weight), decode(weight).double()
         bias = torch.randn(shape[0], device=DEVICE).to(dtype)
         tokens = torch.randn(16, shape[1], device=DEVICE).to(dtype)
@@ -94,7 +93,7 @@ def test_every_batch_repeats_itself(spec, dtype, workspace):
 @pytest.mark.parametrize("spec", FAMILIES[::2], ids=lambda spec: spec.label)
 def test_shapes_of_a_large_model(spec, workspace):
     for shape in [(6144, 4096), (4096, 14336), (28672, 4096)]:
-        weight = random_layer(spec, *shape, DEVICE)
+        weight = random_weight(spec, *shape, DEVICE)
         ready, exact = prepare(weight), decode(weight)
         for batch in (1, 8):
             x = torch.randn(batch, shape[1], device=DEVICE).half()
@@ -104,7 +103,7 @@ def test_shapes_of_a_large_model(spec, workspace):
 
 
 def test_values_of_any_size_keep_their_accuracy(workspace):
-    weight = random_layer(FAMILIES[1], 64, 256, DEVICE)
+    weight = random_weight(FAMILIES[1], 64, 256, DEVICE)
     x = torch.randn(2, 256, device=DEVICE)
     for dtype, scales in [(torch.float16, (1e-3, 100.0)), (torch.bfloat16, (1e-20, 1e-3, 1e15))]:
         for scale in scales:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msq.experiments.kernel_checks import random_weight
 from msq.kernels.cuda import decode, hadamard
 from msq.kernels.cuda.dequantize import dequantize
 from msq.kernels.cuda.hadamard import fuses_norm, rotation_tables
 from msq.kernels.cuda.layout import prepare
 from msq.kernels.specs import Family, QuantizerSpec
-
-from .layers import random_layer
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -41,7 +40,7 @@ def test_rotations(size):
 def test_products(spec):
     room = decode.new_workspace(1 << 20, DEVICE)
     for shape in [(48, 96), (272, 1056), (32, 4096)]:
-        weight = prepare(random_layer(spec, *shape, DEVICE))
+        weight = prepare(random_weight(spec, *shape, DEVICE))
         assert dequantize(weight).isfinite().all()
         for batch, dtype in [(1, torch.float16), (3, torch.bfloat16), (16, torch.float16)]:
             x = torch.randn(batch, shape[1], device=DEVICE).to(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from msq.experiments.kernel_checks import random_weight
 from msq.kernels.cuda import ops
 from msq.kernels.cuda.hadamard import rotation_tables
 from msq.kernels.cuda.layout import prepare
@@ -13,8 +14,6 @@ from msq.kernels.quantize import decode
 from msq.kernels.rotation import rotate
 from msq.kernels.specs import Family, QuantizerSpec
 from torch.library import opcheck
-
-from .layers import random_layer
 
 assert ops
 SEED, SIZE = 11, 96
@@ -88,7 +87,7 @@ def arguments(weight):
 
 @pytest.fixture(params=SPECS, ids=lambda spec: spec.label)
 def weight(request):
-    return random_layer(request.param, 48, SIZE)
+    return random_weight(request.param, 48, SIZE, torch.device("cpu"))
 
 
 def test_products_are_those_of_the_decoded_weight(weight, x):

@@ -17,6 +17,7 @@ import csv
 import itertools
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -185,18 +186,22 @@ def summary(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def first_line(*command: str) -> str:
+    """The first line that a program prints; "unknown" where it is missing or says nothing."""
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return printed.splitlines()[0] if printed else "unknown"
+
+
 def environment(device: torch.device, commit: str | None) -> dict[str, str]:
     """What a measurement depends on."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0].strip()
-    if commit is None:
-        asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    here = str(Path(__file__).parent)
     return {
         "gpu": torch.cuda.get_device_name(device),
-        "driver": driver,
+        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": commit or first_line("git", "-C", here, "rev-parse", "--short", "HEAD"),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

@@ -4,8 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # The tested torch; an existing torch in the environment is kept.
 TORCH ?= torch==2.13.0
+# NVRTC, so that the tests compile every CUDA kernel, GPU or not; there is none for macOS.
+comma := ,
+CUDA := $(if $(filter Darwin,$(shell uname -s)),,$(comma)cuda)
 
-.PHONY: setup demo test lint test-gpu bench clean
+.PHONY: setup demo test lint test-gpu sanitize bench clean
 
 setup: $(VENV)/.installed
 
@@ -13,7 +16,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"msq needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}: make PYTHON=..."'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev$(CUDA)]"
 	touch $@
 
 demo: setup
@@ -30,6 +33,13 @@ lint: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Every kind of kernel once under compute-sanitizer (of the CUDA toolkit), each allocation by itself.
+sanitize: setup
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest -q -m gpu tests/kernels/cuda/test_gpu_sanitize.py || exit 1; \
+	done
 
 bench: setup
 	$(BIN)/python -m msq.experiments.check_promises --out experiments/results/promises.csv

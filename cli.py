@@ -38,7 +38,7 @@ def main() -> None:
     # search 20 times slower as soon as another process wants the same cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .experiments.errors import ChartError
-    from .kernels.errors import QuantizerError
+    from .kernels.errors import KernelError, QuantizerError
     from .planner.errors import InfeasibleBudgetError, PlanError
     from .planner.executor.errors import CheckpointError
     from .profiles.errors import ProfileError
@@ -48,7 +48,7 @@ def main() -> None:
         app()
     except InfeasibleBudgetError as cause:
         _fail(cause, INFEASIBLE)
-    except (QuantizerError, SolverError, ProfileError, PlanError, CheckpointError, ChartError) as cause:
+    except (QuantizerError, KernelError, SolverError, ProfileError, PlanError, CheckpointError, ChartError) as cause:
         _fail(cause, BAD_INPUT)
     except (OSError, MemoryError) as cause:  # a full disk, a path too long: nothing that a command foresees everywhere
         _fail(cause, BAD_INPUT)

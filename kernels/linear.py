@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import QuantizerError
+from .errors import KernelError, QuantizerError
 from .quantize import QuantizedWeight, decode, from_tensors
 from .rotation import rotate
 from .specs import TILE, QuantizerSpec
@@ -87,9 +87,19 @@ class FusedLinear(nn.Module):
     The slice that is called first with an input runs the product for all; the others hand out their rows of it. A slice
     called with any other input runs the product anew, so the order of calls does not matter for the result. An input
     changed in place between two slices counts as another one, except in inference mode, where torch hides the change.
+
+    Args:
+        weights: packed layers that `stack` takes.
+        biases: ``(out_features,)`` or None for each.
+        implementation: what runs the product; None for the reference.
     """
 
-    def __init__(self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[QuantizedWeight],
+        biases: Sequence[Tensor | None],
+        implementation: Implementation | None = None,
+    ) -> None:
         super().__init__()
         rows = [w.out_features for w in weights]
         bias = None
@@ -97,7 +107,7 @@ class FusedLinear(nn.Module):
             bias = torch.cat(
                 [w.scales.new_zeros(w.out_features) if b is None else b for w, b in zip(weights, biases, strict=True)]
             )
-        self.linear = QuantizedLinear(stack(weights), bias)
+        self.linear = (implementation or ReferenceImplementation()).linear(stack(weights), bias)
         self._rows = rows
         self._input: tuple[Tensor, int | None] | None = None
         self._waiting: dict[int, Tensor] = {}
@@ -171,5 +181,33 @@ class ReferenceImplementation(Implementation):
         return QuantizedLinear(weight, bias)
 
 
-IMPLEMENTATIONS: dict[str, Implementation] = {i.name: i for i in (ReferenceImplementation(),)}
-"""Every implementation that can run here, by name."""
+class TensorCoreImplementation(Implementation):
+    """Kernels that decode into the operands of tensor cores, for CUDA devices from sm_80 on."""
+
+    name = "tensor_core"
+
+    def unsupported_reason(
+        self, spec: QuantizerSpec, out_features: int, in_features: int, batch_size: int, device: torch.device
+    ) -> str | None:
+        if device.type != "cuda":
+            return f"{self.name} kernels need a CUDA device; got '{device}'."
+        from .cuda.compiler import compiler_version
+        from .cuda.decode import MAX_BATCH, unsupported_reason
+
+        try:
+            compiler_version()
+        except KernelError as cause:
+            return str(cause)
+        # Above the decode kernels' batches the module dequantizes and multiplies, which any batch may.
+        return unsupported_reason(spec, out_features, in_features, min(batch_size, MAX_BATCH), device)
+
+    def linear(self, weight: QuantizedWeight, bias: Tensor | None = None) -> nn.Module:
+        from .cuda.linear import KernelLinear
+
+        return KernelLinear(weight, bias)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    i.name: i for i in (ReferenceImplementation(), TensorCoreImplementation())
+}
+"""Every implementation, by name; `unsupported_reason` says which work here."""

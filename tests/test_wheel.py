@@ -17,10 +17,12 @@ modules = [name for _, name, _ in pkgutil.walk_packages(msq.__path__, "msq.")]
 for name in modules:
     importlib.import_module(name)
 from msq.kernels.codebooks import codebook
+from msq.kernels.cuda.compiler import SOURCES
 from msq.kernels.specs import default_palette
 from msq.profiles.inventory import inventory
 from msq.profiles.model_source import resolve_model
 print(json.dumps([msq.__file__, len(modules), len(codebook(default_palette()[-1])),
+                  sorted(path.name for path in SOURCES.iterdir()),
                   len(inventory(resolve_model("ref-tiny-3m")).layers)]))
 """
 
@@ -51,7 +53,8 @@ def test_the_wheel_is_whole(tmp_path):
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     done = subprocess.run([python, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    place, modules, entries, layers = __import__("json").loads(done.stdout.splitlines()[-1])
+    place, modules, entries, sources, layers = __import__("json").loads(done.stdout.splitlines()[-1])
     assert Path(place).is_relative_to(site)
     assert modules >= sum(len(list((ROOT / folder).rglob("*.py"))) for folder in FOLDERS)
     assert entries == 2048 and layers == 28
+    assert sources == sorted(path.name for path in (ROOT / "kernels" / "cuda" / "sources").iterdir())

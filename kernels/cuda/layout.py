@@ -1,0 +1,101 @@
+"""Packed weights in the order in which the kernels read them: a permutation of bytes, made once when a layer is loaded.
+
+The stored layout (`packing`) numbers a tile's pairs by lane, four a lane. A kernel wants each lane to read long runs of
+the bit stream with few aligned loads. So a *unit* of 16 rows x 128 columns, 8 tiles, is dealt out anew: lane 4 g + t
+takes pairs ``16 g .. 16 g + 15`` of tile ``t`` and then of tile ``4 + t``, ``2 * width`` bytes each, in all `width`
+32-bit words. In memory the lanes' words are interleaved in pieces of 16 bytes a lane, then one of 8 where
+``width & 2``, then one of 4 where ``width & 1``. `sources/decoders.cuh` is the other side of this.
+
+No byte is changed and none added, unless the tiles of a row are no multiple of 8: then the last unit is filled up with
+zeros, which meet zeros in the input. Each segment of a two-rate quantizer is treated by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quantize import QuantizedWeight
+from ..specs import TILE, QuantizerSpec
+
+UNIT_TILES = 8
+UNIT_COLUMNS = UNIT_TILES * TILE
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """A layer as the kernels read it.
+
+    Attributes:
+        spec: the quantizer.
+        out_features, in_features: multiples of 16 and 32.
+        units: per segment ``(row_tiles, units, 128 * width)`` uint8.
+        scales: ``(out_features,)`` fp16.
+        codebook: ``spec.codebook_shape`` fp16, empty for `int`.
+    """
+
+    spec: QuantizerSpec
+    out_features: int
+    in_features: int
+    units: tuple[Tensor, ...]
+    scales: Tensor
+    codebook: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.scales.device
+
+    @property
+    def segment_columns(self) -> tuple[int, ...]:
+        """Columns of the weight in each segment."""
+        return tuple(TILE * tiles for tiles in self.spec.segment_tiles(self.in_features))
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors; more than the spec's own only by the filling of last units."""
+        return sum(t.numel() * t.element_size() for t in (*self.units, self.scales, self.codebook))
+
+
+def pair_width(rate: float) -> int:
+    """Bits of a pair's code at a rate in bits per weight."""
+    return int(2 * rate)
+
+
+def _pieces(width: int) -> list[int]:
+    """Bytes a lane has in each piece of a unit."""
+    return [16] * (width // 4) + [8] * (width >> 1 & 1) + [4] * (width & 1)
+
+
+def to_units(packed: Tensor) -> Tensor:
+    """``(row_tiles, column_tiles, 16 * width)`` -> ``(row_tiles, units, 128 * width)``, both uint8."""
+    width = packed.shape[-1] // 16
+    padded = F.pad(packed, (0, 0, 0, -packed.shape[1] % UNIT_TILES))
+    dealt = padded.unflatten(1, (-1, 2, 4)).unflatten(4, (8, 2 * width))  # row, unit, block, t, g, bytes
+    lanes = dealt.permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(2, 3)  # row, unit, lane, 4 * width bytes
+    return torch.cat([piece.flatten(2) for piece in lanes.split(_pieces(width), dim=3)], dim=2)
+
+
+def from_units(units: Tensor, column_tiles: int) -> Tensor:
+    """Inverse of `to_units`: ``(row_tiles, units, 128 * width)`` -> ``(row_tiles, column_tiles, 16 * width)``."""
+    width = units.shape[-1] // 128
+    sizes = _pieces(width)
+    parts = units.split([32 * size for size in sizes], dim=2)
+    lanes = torch.cat([part.unflatten(2, (32, size)) for part, size in zip(parts, sizes, strict=True)], dim=3)
+    dealt = lanes.unflatten(2, (8, 4)).unflatten(4, (2, 2 * width))  # row, unit, g, t, block, bytes
+    tiles: Tensor = dealt.permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(1, 3)
+    return tiles[:, :column_tiles].contiguous()
+
+
+def prepare(weight: QuantizedWeight) -> PreparedWeight:
+    """A layer for the kernels, on the device of its tensors; `decode.unsupported_reason` says which layers fit."""
+    return PreparedWeight(
+        weight.spec,
+        weight.out_features,
+        weight.in_features,
+        tuple(to_units(part) for part in weight.packed),
+        weight.scales.contiguous(),
+        weight.codebook.contiguous(),
+    )

@@ -1,0 +1,128 @@
+"""The linear module that runs on the kernels: rotate the input, multiply with the packed weight.
+
+Its buffers are the weight in the kernels' layout, the rotation's tables and a workspace, so it moves between devices
+like any module, and on a CPU it runs on the operators' twins. The workspace is shared by all modules of a device: they
+must run one after another, on one stream, as the layers of a model do. Models that are to run at the same time get one
+each from `separate_workspace`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..quantize import QuantizedWeight
+from ..specs import QuantizerSpec
+from . import ops
+from .decode import new_workspace
+from .hadamard import rotation_tables
+from .layout import from_units, prepare
+from .tuning import Limits, device_limits, launch_for, tune
+
+_workspaces: dict[torch.device, Tensor] = {}
+
+
+class KernelLinear(nn.Module):
+    """``y = x W^T + b`` with W packed, on CUDA kernels.
+
+    Args:
+        weight: the packed layer, or several stacked by `linear.stack`; `decode.unsupported_reason` says which fit.
+        bias: ``(out_features,)`` or None.
+    """
+
+    scales: Tensor
+    codebook: Tensor
+    bias: Tensor | None
+    workspace: Tensor
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.spec = weight.spec
+        self.out_features, self.in_features = weight.out_features, weight.in_features
+        self.rotation_seed = weight.rotation_seed
+        prepared = prepare(weight)
+        self._unit_names = [f"units_{n}" for n in range(len(prepared.units))]
+        for name, units in zip(self._unit_names, prepared.units, strict=True):
+            self.register_buffer(name, units)
+        self.register_buffer("scales", prepared.scales)
+        self.register_buffer("codebook", prepared.codebook)
+        self.register_buffer("bias", bias)
+        self._table_names: list[str] = []
+        if weight.rotation_seed is not None:
+            tables = rotation_tables(weight.in_features, weight.rotation_seed, weight.scales.device)
+            for name, table in [("signs", tables.signs), *((f"matrix_{n}", t) for n, t in enumerate(tables.matrices))]:
+                self.register_buffer(name, table, persistent=False)
+                self._table_names.append(name)
+        self.register_buffer("workspace", self._shared_workspace(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` fp16 or bf16 -> ``(..., out_features)``; fp32 inside."""
+        if self._table_names:
+            signs, *matrices = [getattr(self, name) for name in self._table_names]
+            x = torch.ops.msq.rotate(x, signs, matrices)
+        units = [getattr(self, name) for name in self._unit_names]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        spec = self.spec
+        y: Tensor = torch.ops.msq.multiply(
+            x, units, self.scales, self.codebook, bias, self.workspace, str(spec.family), spec.bits, spec.state_bits
+        )
+        return y
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        """The packed layer in its stored layout."""
+        tiles = self.spec.segment_tiles(self.in_features)
+        units = [getattr(self, name) for name in self._unit_names]
+        packed = tuple(from_units(part, count) for part, count in zip(units, tiles, strict=True))
+        shape = (self.out_features, self.in_features)
+        return QuantizedWeight(self.spec, *shape, self.rotation_seed, packed, self.scales, self.codebook)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.label}, in_features={self.in_features}, out_features={self.out_features}"
+
+    def workspace_words(self) -> int:
+        """32-bit words of workspace that the decode kernels may want on this module's device."""
+        device = self.scales.device
+        if device.type != "cuda":
+            return 0
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return _workspace_words(self.spec, self.out_features, self.in_features, device_limits(index))
+
+    def _shared_workspace(self) -> Tensor:
+        device, words = self.scales.device, self.workspace_words()
+        if device not in _workspaces or _workspaces[device].numel() < words:
+            _workspaces[device] = new_workspace(words, device)
+        return _workspaces[device]
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        """What every move between devices comes through: buffers move, the workspace is that of the new device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.workspace = self._shared_workspace()
+        return self
+
+
+@cache
+def _workspace_words(spec: QuantizerSpec, out_features: int, in_features: int, limits: Limits) -> int:
+    words = 0
+    for batch in range(1, ops.DECODE_LIMIT + 1):
+        shape = (spec, out_features, in_features, batch, torch.float16, limits)
+        tuning = tune(*shape)
+        launch = None if tuning is None else launch_for(*shape, tuning)
+        words = max(words, 0 if launch is None else launch.workspace_words)
+    return words
+
+
+def separate_workspace(model: nn.Module) -> None:
+    """Give the kernel modules of a model a workspace of their own, so that it may run while other models do."""
+    own: dict[torch.device, Tensor] = {}
+    modules = [module for module in model.modules() if isinstance(module, KernelLinear)]
+    for module in modules:
+        device, words = module.scales.device, module.workspace_words()
+        if device not in own or own[device].numel() < words:
+            own[device] = new_workspace(words, device)
+    for module in modules:
+        module.workspace = own[module.scales.device]

@@ -1,0 +1,287 @@
+// One pass of the input rotation (hadamard.py says what a pass is), with what may stand before it fused in.
+//
+// A row is seen as (OUTER, ORDER, INNER). For each outer index and column c the pass computes
+//
+//     out[j][c] = scale * sum_i sign(M[i][j]) * value(in[i][c])        i, j < ORDER
+//
+// and then, where FWHT is set, a Walsh-Hadamard transform along the COLUMNS = INNER columns. `value` applies the random
+// signs, and before them x * weight (NORM; the row's 1 / rms joins the scale) or silu(gate) * up (GATE).
+//
+// A block owns GROUP * WARPS_J outputs j for COLUMNS columns of one row and outer index. Each lane loads VECTOR
+// neighbouring columns; COLUMNS / VECTOR lanes span the columns, and the WAYS = WARPS_K * 32 * VECTOR / COLUMNS groups
+// of lanes that do so take every WAYS-th i. Their partial sums meet in shared memory in a fixed order; then one warp
+// transforms one j. Only partial sums go through shared memory, at the price that every block reads the row.
+//
+// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, NORM, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is divided);
+// IN and OUT: formats, 0 fp16, 1 bf16, 2 fp32.
+#include "ptx.cuh"
+
+constexpr int FP16 = 0, FP32 = 2;
+constexpr int LANES = 32;
+constexpr int WARPS = WARPS_K * WARPS_J;
+constexpr int SPAN = COLUMNS / VECTOR;                // lanes across the columns
+constexpr int LANE_WAYS = LANES / SPAN;               // ways a warp splits i
+constexpr int WAYS = WARPS_K * LANE_WAYS;             // ways the block splits i
+constexpr int STEPS = (ORDER + WAYS - 1) / WAYS;      // i's of a lane
+constexpr int LIMIT = WAYS == 1 ? 4 : 8;              // they are taken in batches of at most so many,
+constexpr int BATCHES = (STEPS + LIMIT - 1) / LIMIT;
+constexpr int BATCH = (STEPS + BATCHES - 1) / BATCHES;  // each read before the first of it is used
+constexpr int OWN = COLUMNS > LANES ? COLUMNS / LANES : 1;  // columns of a lane in the transform
+constexpr int PIECE = VECTOR < 4 ? VECTOR : 4;        // partial sums are stored in pieces of this many
+constexpr int PIECES = VECTOR / PIECE;
+constexpr int TAKEN = OWN < PIECE ? OWN : PIECE;      // and read in pieces of this many
+constexpr int TILES = INNER / COLUMNS;
+constexpr int SLICES = ORDER / (GROUP * WARPS_J);
+constexpr int ROW = OUTER * ORDER * INNER;
+
+static_assert(VECTOR * SPAN == COLUMNS && SPAN <= LANES && LANE_WAYS * SPAN == LANES, "lanes don't span the columns");
+static_assert(SLICES * GROUP * WARPS_J == ORDER && TILES * COLUMNS == INNER, "blocks don't cover the pass");
+static_assert(!FWHT || TILES == 1, "a transform needs all its columns in one block");
+static_assert(!NORM || (TILES == 1 && OUTER == 1), "a norm needs the whole row in one block");
+static_assert(GROUP <= 8 && (WAYS > 1 || OWN == VECTOR), "unsupported division of work");
+
+__device__ constexpr int bytes_of(int format) { return format == FP32 ? 4 : 2; }
+
+__device__ __forceinline__ float sigmoid(float value) { return __fdividef(1.0f, 1.0f + __expf(-value)); }
+
+__device__ __forceinline__ float exchange(float value, int lane_mask) {
+    return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+// COUNT neighbouring numbers as they lie in memory, moved in the widest pieces.
+template <int FORMAT, int COUNT>
+struct Raw {
+    static constexpr int BYTES = bytes_of(FORMAT) * COUNT;
+    static constexpr int WORDS = (BYTES + 3) / 4;
+    u32 word[WORDS];
+
+    __device__ __forceinline__ void load(const void* base, long long index) {
+        const u8* address = (const u8*)base + index * bytes_of(FORMAT);
+        if constexpr (BYTES >= 16) {
+#pragma unroll
+            for (int n = 0; n < WORDS / 4; ++n) {
+                Words4 four = ((const Words4*)address)[n];
+                word[4 * n] = four.x, word[4 * n + 1] = four.y, word[4 * n + 2] = four.z, word[4 * n + 3] = four.w;
+            }
+        } else if constexpr (BYTES == 8) {
+            Words2 two = *(const Words2*)address;
+            word[0] = two.x, word[1] = two.y;
+        } else if constexpr (BYTES == 4) {
+            word[0] = *(const u32*)address;
+        } else {
+            word[0] = *(const u16*)address;
+        }
+    }
+
+    __device__ __forceinline__ float value(int n) const {
+        if constexpr (FORMAT == FP32) {
+            return bits_to_float(word[n]);
+        } else {
+            u16 half = (u16)(word[n / 2] >> 16 * (n % 2));
+            return FORMAT == FP16 ? half_to_float(half) : bfloat_to_float(half);
+        }
+    }
+
+    __device__ __forceinline__ void set(const float* values) {
+#pragma unroll
+        for (int n = 0; n < WORDS; ++n) {
+            if constexpr (FORMAT == FP32) {
+                word[n] = float_to_bits(values[n]);
+            } else {
+                word[n] = FORMAT == FP16 ? float_to_half(values[2 * n]) : float_to_bfloat(values[2 * n]);
+                if constexpr (COUNT > 1) {
+                    float odd = values[2 * n + 1];
+                    word[n] |= (u32)(FORMAT == FP16 ? float_to_half(odd) : float_to_bfloat(odd)) << 16;
+                }
+            }
+        }
+    }
+
+    __device__ __forceinline__ void store(void* base, long long index) const {
+        u8* address = (u8*)base + index * bytes_of(FORMAT);
+        if constexpr (BYTES >= 16) {
+#pragma unroll
+            for (int n = 0; n < WORDS / 4; ++n) {
+                ((Words4*)address)[n] = Words4{word[4 * n], word[4 * n + 1], word[4 * n + 2], word[4 * n + 3]};
+            }
+        } else if constexpr (BYTES == 8) {
+            *(Words2*)address = Words2{word[0], word[1]};
+        } else if constexpr (BYTES == 4) {
+            *(u32*)address = word[0];
+        } else {
+            *(u16*)address = (u16)word[0];
+        }
+    }
+};
+
+// The sign of a float: bit `n` of `bits`.
+__device__ __forceinline__ u32 sign_bit(u32 bits, int n) { return bits << (31 - n) & 0x80000000u; }
+
+// Walsh-Hadamard transform of COLUMNS values, OWN neighbours in each lane.
+__device__ __forceinline__ void transform(float* value, int lane) {
+#pragma unroll
+    for (int half = 1; half < OWN; half *= 2) {
+#pragma unroll
+        for (int n = 0; n < OWN; ++n) {
+            if (!(n & half)) {
+                float low = value[n], high = value[n + half];
+                value[n] = low + high;
+                value[n + half] = low - high;
+            }
+        }
+    }
+#pragma unroll
+    for (int half = 1; half < COLUMNS / OWN; half *= 2) {
+#pragma unroll
+        for (int n = 0; n < OWN; ++n) {
+            float other = exchange(value[n], half);
+            value[n] = lane & half ? other - value[n] : value[n] + other;
+        }
+    }
+}
+
+// Args: `in`: rows of ROW numbers, `in_stride` apart (the gate, where GATE is set); `second`: the up rows,
+// `second_stride` apart, or the norm's weight (ROW numbers); `out`: contiguous rows of ROW numbers; `input_signs`: one
+// bit a number of a row, set for -1; `matrix`: bit g of byte [j / GROUP][i], j a multiple of GROUP, is set where
+// M[i][j + g] < 0.
+extern "C" __global__ void __launch_bounds__(WARPS* LANES)
+    rotate(const void* in, int in_stride, const void* second, int second_stride, void* out, const u8* input_signs,
+           const u8* matrix, float scale, float epsilon) {
+    int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
+    int warp_k = warp % WARPS_K, warp_j = warp / WARPS_K;
+    int block = blockIdx.x;
+    int slice = block % SLICES;
+    block /= SLICES;
+    int tile = block % TILES;
+    block /= TILES;
+    int outer = block % OUTER, row = block / OUTER;
+
+    int way = warp_k * LANE_WAYS + lane / SPAN;
+    int column = tile * COLUMNS + lane % SPAN * VECTOR;
+    int base = outer * (ORDER * INNER) + column;  // of this lane's columns in the row, at i = 0
+    const u8* group = matrix + (slice * WARPS_J + warp_j) * ORDER;
+    const u8* in_row = (const u8*)in + (long long)row * in_stride * bytes_of(IN);
+    const u8* up_row = (const u8*)second + (long long)row * second_stride * bytes_of(IN);
+
+    float sum[GROUP][VECTOR] = {};
+    float power = 0.0f;
+    Raw<IN, VECTOR> loaded[BATCH], other[BATCH];
+    u32 flips[BATCH], coefficients[BATCH];
+    // What no kernel writes is read ahead: before the wait, and then a batch early.
+    auto read_tables = [&](int first) {
+#pragma unroll
+        for (int n = 0; n < BATCH; ++n) {
+            int i = (first + n) * WAYS + way;
+            if (i < ORDER) {
+                int place = base + i * INNER;
+                coefficients[n] = group[i];
+                if constexpr (SIGNS) flips[n] = input_signs[place / 8] >> place % 8;
+                if constexpr (NORM) other[n].load(second, place);
+            }
+        }
+    };
+    allow_next_kernel();
+    read_tables(0);
+    wait_for_previous_kernels();
+#pragma unroll 1
+    for (int first = 0; first < STEPS; first += BATCH) {
+#pragma unroll
+        for (int n = 0; n < BATCH; ++n) {
+            int i = (first + n) * WAYS + way;
+            if (i < ORDER) {
+                loaded[n].load(in_row, base + i * INNER);
+                if constexpr (GATE) other[n].load(up_row, base + i * INNER);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < BATCH; ++n) {
+            if ((first + n) * WAYS + way < ORDER) {
+                float value[VECTOR];
+#pragma unroll
+                for (int v = 0; v < VECTOR; ++v) {
+                    value[v] = loaded[n].value(v);
+                    if constexpr (GATE) value[v] *= sigmoid(value[v]) * other[n].value(v);
+                    if constexpr (NORM) {
+                        power += value[v] * value[v];
+                        value[v] *= other[n].value(v);
+                    }
+                    if constexpr (SIGNS) value[v] = bits_to_float(float_to_bits(value[v]) ^ sign_bit(flips[n], v));
+                }
+#pragma unroll
+                for (int g = 0; g < GROUP; ++g) {
+                    float coefficient = bits_to_float(0x3f800000u | sign_bit(coefficients[n], g));  // +1 or -1
+#pragma unroll
+                    for (int v = 0; v < VECTOR; ++v) sum[g][v] += coefficient * value[v];
+                }
+            }
+        }
+        if (BATCHES > 1) read_tables(first + BATCH);
+    }
+
+    if constexpr (NORM) {
+#pragma unroll
+        for (int half = 1; half < LANES; half *= 2) power += exchange(power, half);
+    }
+    if constexpr (WAYS == 1) {
+        if constexpr (NORM) scale *= rsqrtf(power / ROW + epsilon);
+#pragma unroll
+        for (int g = 0; g < GROUP; ++g) {
+            if constexpr (FWHT) transform(sum[g], lane);
+#pragma unroll
+            for (int n = 0; n < OWN; ++n) sum[g][n] *= scale;
+            int j = (slice * WARPS_J + warp_j) * GROUP + g;
+            Raw<OUT, OWN> result;
+            result.set(sum[g]);
+            result.store(out, (long long)row * ROW + outer * (ORDER * INNER) + j * INNER + column);
+        }
+    } else {
+        // partial[warp][g][piece][lane][PIECE]: each lane writes whole pieces, neighbours side by side.
+        alignas(16) __shared__ float partial[WAYS == 1 ? 1 : WARPS * GROUP * PIECES * LANES * PIECE];
+        __shared__ float powers[WARPS];
+#pragma unroll
+        for (int g = 0; g < GROUP; ++g) {
+#pragma unroll
+            for (int piece = 0; piece < PIECES; ++piece) {
+                Raw<FP32, PIECE> stored;
+                stored.set(sum[g] + piece * PIECE);
+                stored.store(partial, (((warp * GROUP + g) * PIECES + piece) * LANES + lane) * PIECE);
+            }
+        }
+        if (NORM && lane == 0) powers[warp] = power;
+        __syncthreads();
+        if constexpr (NORM) {
+            power = 0.0f;
+#pragma unroll
+            for (int k = 0; k < WARPS_K; ++k) power += powers[k];
+            scale *= rsqrtf(power / ROW + epsilon);
+        }
+        for (int local = warp; local < GROUP * WARPS_J; local += WARPS) {
+            float value[OWN] = {};
+            int own_column = lane * OWN % COLUMNS;  // lanes beyond the columns repeat them
+#pragma unroll 4
+            for (int part = 0; part < WAYS; ++part) {
+                int owner = local / GROUP * WARPS_K + part / LANE_WAYS;
+                int start = (owner * GROUP + local % GROUP) * PIECES;
+#pragma unroll
+                for (int n = 0; n < OWN; n += TAKEN) {
+                    int c = own_column + n;
+                    int source = part % LANE_WAYS * SPAN + c / VECTOR, piece = c % VECTOR / PIECE;
+                    Raw<FP32, TAKEN> taken;
+                    taken.load(partial, ((start + piece) * LANES + source) * PIECE + c % PIECE);
+#pragma unroll
+                    for (int m = 0; m < TAKEN; ++m) value[n + m] += taken.value(m);
+                }
+            }
+            if constexpr (FWHT) transform(value, lane);
+#pragma unroll
+            for (int n = 0; n < OWN; ++n) value[n] *= scale;
+            if (lane * OWN < COLUMNS) {
+                int j = slice * WARPS_J * GROUP + local;
+                Raw<OUT, OWN> result;
+                result.set(value);
+                int place = outer * (ORDER * INNER) + j * INNER + tile * COLUMNS + own_column;
+                result.store(out, (long long)row * ROW + place);
+            }
+        }
+    }
+}

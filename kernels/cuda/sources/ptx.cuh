@@ -1,0 +1,191 @@
+// Own integer types and the PTX instructions that the kernels use, one function each.
+//
+// Nothing here includes a CUDA header, so NVRTC compiles it on a machine without them. Addresses of shared memory are
+// 32-bit offsets as PTX wants them (`shared_address`). Instructions newer than sm_80 say so.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// Four words that move as one 16-byte access, two as one of 8 bytes.
+struct __align__(16) Words4 { u32 x, y, z, w; };
+struct __align__(8) Words2 { u32 x, y; };
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ int lane_index() { return threadIdx.x & 31; }
+
+// Ends the kernel with an error, which the host sees at its next synchronisation.
+__device__ __forceinline__ void stop_kernel() { __trap(); }
+
+// Where dynamic shared memory begins when a kernel has no other: known, so that it costs no addition at every lookup.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr u32 SHARED_BASE = 1024;
+#else
+constexpr u32 SHARED_BASE = 0;
+#endif
+
+// Stops the kernel, with an error at the next synchronisation, should an architecture lay shared memory out otherwise.
+__device__ __forceinline__ void check_shared_base(const void* dynamic_shared) {
+    if (shared_address(dynamic_shared) != SHARED_BASE) stop_kernel();
+}
+
+// The word `offset` bytes into dynamic shared memory.
+__device__ __forceinline__ u32 lookup(u32 offset) {
+    u32 word;
+    asm("ld.shared.b32 %0, [%1 + %2];" : "=r"(word) : "r"(offset), "n"(SHARED_BASE));
+    return word;
+}
+
+// Words of shared memory, where `active`; elsewhere the old contents stay.
+__device__ __forceinline__ void load_shared_if(Words4& words, const void* pointer, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+        : "r"(shared_address(pointer)), "r"(static_cast<u32>(active)));
+}
+
+// The low 32 bits of high:low >> shift, 0 <= shift < 32.
+__device__ __forceinline__ u32 funnel_shift(u32 low, u32 high, u32 shift) {
+    return __funnelshift_r(low, high, shift);
+}
+
+// Bytes of second:first chosen by four selector digits, the least significant first.
+__device__ __forceinline__ u32 permute(u32 first, u32 second, u32 selector) {
+    return __byte_perm(first, second, selector);
+}
+
+__device__ __forceinline__ u32 shuffle(u32 value, int source_lane) {
+    return __shfl_sync(0xffffffffu, value, source_lane);
+}
+
+__device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffffu, value); }
+
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
+
+__device__ __forceinline__ void block_sync() { __syncthreads(); }
+
+// A barrier of some of a block's warps; number 0 is `block_sync`.
+template <int NUMBER, int THREADS>
+__device__ __forceinline__ void barrier_sync() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
+}
+
+__device__ __forceinline__ void pause() { __nanosleep(20); }
+
+// Both halves of two fp16 pairs.
+__device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
+    u32 sum;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+}
+
+__device__ __forceinline__ float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+__device__ __forceinline__ u16 float_to_half(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+__device__ __forceinline__ float bfloat_to_float(u16 bits) { return __uint_as_float(static_cast<u32>(bits) << 16); }
+
+__device__ __forceinline__ u16 float_to_bfloat(float value) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+__device__ __forceinline__ float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ u32 float_to_bits(float value) { return __float_as_uint(value); }
+
+// sum (16x8 fp32) += weights (16x16 fp16) * tokens (16x8 fp16), fragments as in PTX's mma.m16n8k16.
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const u32* weights, u32 low, u32 high) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(low), "r"(high));
+}
+
+// Global memory that another block writes or reads during this kernel: never cached in a multiprocessor.
+__device__ __forceinline__ u32 load_global(const u32* pointer) {
+    u32 value;
+    asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void store_global(u32* pointer, u32 value) {
+    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
+// BYTES (8 or 16) from global to shared memory, asynchronously; both aligned to BYTES.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    }
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int LEFT>
+__device__ __forceinline__ void copy_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ void barrier_init(u64* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void barrier_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
+            shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// `bytes` (a multiple of 16) from global to shared memory by the copy engine, counted on a barrier.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            shared_address(to)),
+        "l"(from), "r"(bytes), "r"(shared_address(barrier))
+        : "memory");
+}
+
+// Waits until the kernels before this one have ended and their writes can be seen.
+__device__ __forceinline__ void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// Lets the next kernel start as soon as every block has said so.
+__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+#else
+
+__device__ __forceinline__ void wait_for_previous_kernels() {}
+__device__ __forceinline__ void allow_next_kernel() {}
+
+#endif

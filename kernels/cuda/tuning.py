@@ -1,0 +1,210 @@
+"""How a decode kernel divides its work: `Tuning`, what it takes (`launch_for`), and the choice of one (`tune`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from ..errors import KernelError
+from ..specs import TILE, Family, QuantizerSpec
+from .jit import Source
+from .layout import UNIT_COLUMNS, pair_width
+
+FORMATS = {torch.float16: 0, torch.bfloat16: 1}
+_FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.HALF_TCQ: 3}
+_LARGEST_PAIR_TABLE = {Family.INT: 4, Family.NUQ: 5}
+"""Bits up to which pairs of weights are looked up; above, `nuq` looks up single weights and `int` calculates."""
+
+_RESERVED_BYTES = 1024
+"""Shared memory that the system takes of every block's."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a decode kernel divides its work; any choice gives right results where it fits.
+
+    Attributes:
+        warps: warps of a block.
+        blocks: blocks of a launch for each multiprocessor.
+        resident: blocks for which a multiprocessor has registers; more than `blocks` lets the next launch start early.
+        stages: depth of each warp's ring of packed weights.
+        stage_units: units (128 columns) a stage holds of each row of tiles.
+        row_tiles: rows of tiles that a warp decodes side by side, sharing the loads of tokens.
+        splits: chunks of the input dimension that different blocks take.
+        replicas: copies of the table in shared memory; 32 make every lookup free of conflicts.
+        signed: for trellis codes, a table of both signs: twice as large, one instruction less a pair.
+        bulk: fetch with the copy engine (sm_90 and newer) rather than ``cp.async``.
+    """
+
+    warps: int = 16
+    blocks: int = 1
+    resident: int = 1
+    stages: int = 2
+    stage_units: int = 1
+    row_tiles: int = 2
+    splits: int = 1
+    replicas: int = 32
+    signed: bool = True
+    bulk: bool = True
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device offers.
+
+    Attributes:
+        multiprocessors: how many it has.
+        shared_bytes: dynamic shared memory that a block may have.
+        bulk: whether it has the copy engine and programmatic dependent launch.
+    """
+
+    multiprocessors: int
+    shared_bytes: int
+    bulk: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with all that a call needs but its tensors.
+
+    Attributes:
+        source: what to compile.
+        grid, block: blocks, and threads of a block.
+        shared_bytes: dynamic shared memory of a block.
+        row_capacity: rows of a block for which `shared_bytes` has room.
+        workspace_words: 32-bit words of workspace, all ones before the first call and after each.
+    """
+
+    source: Source
+    grid: int
+    block: int
+    shared_bytes: int
+    row_capacity: int
+    workspace_words: int
+
+
+def table_macros(spec: QuantizerSpec, replicas: int, signed: bool) -> tuple[dict[str, int], int]:
+    """Macros of ``decoders.cuh`` without the widths, and the bytes of the table in shared memory."""
+    entries = spec.codebook_shape[0]
+    pairs = spec.family is Family.VQ or spec.bits <= _LARGEST_PAIR_TABLE.get(spec.family, 0)
+    macros = {
+        "FAMILY": _FAMILIES[spec.family],
+        "STATE_BITS": spec.state_bits,
+        "TABLE_BITS": max(entries.bit_length() - 1, 0),
+        "TABLE_OF_PAIRS": pairs,
+        "REPLICAS": replicas,
+        "SIGNED_TABLE": signed and spec.has_trellis,
+    }
+    if spec.has_trellis:
+        entries <<= signed
+    elif pairs:
+        entries = 1 << pair_width(spec.bits)
+    return macros, 4 * entries * replicas
+
+
+def launch_for(
+    spec: QuantizerSpec,
+    out_features: int,
+    in_features: int,
+    batch: int,
+    dtype: torch.dtype,
+    limits: Limits,
+    tuning: Tuning,
+) -> Launch | None:
+    """The launch of a shape; None where `tuning` does not fit the device."""
+    tokens = 1 << (batch - 1).bit_length()
+    row_tiles = out_features // TILE
+    widths = [pair_width(rate) for rate in spec.rates]
+    units = [-(-tiles * TILE // UNIT_COLUMNS) for tiles in spec.segment_tiles(in_features)]
+    macros, table_bytes = table_macros(spec, tuning.replicas, tuning.signed)
+    token_stride = 16 if tokens == 1 else 20
+    sum_buffers = 2 if tokens < 8 else 1
+    round_tiles = max(tuning.row_tiles, 8 // tokens)
+    round_tiles -= round_tiles % tuning.row_tiles
+    macros |= {
+        "WIDTH_LOW": widths[0],
+        "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
+        "BULK": tuning.bulk,
+        "STAGES": tuning.stages,
+        "STAGE_UNITS": tuning.stage_units,
+        "ROW_TILES": tuning.row_tiles,
+        "WARPS": tuning.warps,
+        "RESIDENT": max(tuning.blocks, tuning.resident),
+        "TOKENS": tokens,
+        "BFLOAT": FORMATS[dtype],
+        "SPLITS": tuning.splits,
+        "ROUND_TILES": round_tiles,
+        "SUM_BUFFERS": sum_buffers,
+    }
+    chunk_blocks = min(limits.multiprocessors * tuning.blocks // tuning.splits, row_tiles)
+    if not chunk_blocks or (tuning.bulk and not limits.bulk):
+        return None
+    row_capacity = -(-row_tiles // chunk_blocks) * TILE
+    columns = sum(-(-count // tuning.splits) for count in units) * UNIT_COLUMNS
+    ring = tuning.stages * tuning.stage_units * tuning.row_tiles * 128 * max(widths)
+    sums = sum_buffers * round_tiles * tokens * token_stride * 4
+    fixed = table_bytes + tuning.warps * (ring + sums + tuning.stages * 8) + (tuning.warps + 1) * tokens * 4
+    rows = spec.table_bytes + -spec.table_bytes % 16 + 2 * 2 * row_capacity
+    shared = fixed + -fixed % 16 + rows + batch * 2 * (columns + 8)
+    if shared > (limits.shared_bytes + _RESERVED_BYTES) // tuning.blocks - _RESERVED_BYTES:
+        return None
+    return Launch(
+        Source("decode.cu", "multiply", macros),
+        chunk_blocks * tuning.splits,
+        32 * tuning.warps,
+        shared,
+        row_capacity,
+        (tuning.splits - 1) * row_tiles * tokens * TILE,
+    )
+
+
+@cache
+def device_limits(index: int) -> Limits:
+    """What CUDA device `index` offers."""
+    from cuda.bindings import driver
+
+    found = torch.cuda.get_device_properties(index)
+    wanted = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    status, shared_bytes = driver.cuDeviceGetAttribute(wanted, index)
+    if int(status) != 0:
+        raise KernelError(f"cuda:{index} doesn't tell its shared memory: {status}.")
+    return Limits(found.multi_processor_count, int(shared_bytes), found.major >= 9)
+
+
+@cache
+def tune(
+    spec: QuantizerSpec, out_features: int, in_features: int, batch: int, dtype: torch.dtype, limits: Limits
+) -> Tuning | None:
+    """The tuning that should be fastest; None where none fits."""
+    start = Tuning(bulk=limits.bulk, replicas=1 if spec.family is Family.INT and spec.bits > 4 else 32)
+    tables = [start, *(replace(start, replicas=r, signed=s) for r in (32, 16, 8, 4, 1) for s in (True, False))]
+    best: tuple[float, Tuning] | None = None
+    for splits in range(1, 9):
+        for rank, table in enumerate(tables):
+            for row_tiles in (2, 1):
+                tuning = replace(table, splits=splits, row_tiles=row_tiles)
+                launch = launch_for(spec, out_features, in_features, batch, dtype, limits, tuning)
+                if launch is None:
+                    continue
+                cost = _cost(spec, out_features, in_features, batch, launch, tuning) * (1 + 0.05 * rank)
+                cost *= 1.0 if row_tiles == 2 else 1.05
+                if best is None or cost < best[0]:
+                    best = cost, tuning
+    return None if best is None else best[1]
+
+
+_COMBINE_BYTES = 24_000
+"""Bytes that a multiprocessor could read while blocks wait for one another's sums (0.8 µs on an H200)."""
+
+
+def _cost(
+    spec: QuantizerSpec, out_features: int, in_features: int, batch: int, launch: Launch, tuning: Tuning
+) -> float:
+    """Bytes that the busiest multiprocessor has to read, waiting included: a stand-in for time."""
+    columns = -(-in_features // tuning.splits)
+    weights = launch.row_capacity * columns * spec.bits / 8
+    tokens = batch * columns * 2
+    waiting = _COMBINE_BYTES + (tuning.splits - 1) * launch.row_capacity * batch * 4 if tuning.splits > 1 else 0
+    return weights + 0.7 * tokens + waiting

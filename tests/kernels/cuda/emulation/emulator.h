@@ -1,0 +1,113 @@
+// Runs a CUDA kernel on one CPU thread: a fiber for each thread of a block, block after block. Barriers wait for the
+// whole block and exchanges for the whole warp; a kernel whose threads don't all come stops with a message.
+#pragma once
+#include <ucontext.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static
+#define __syncthreads() emulator::barrier()
+#define __shfl_xor_sync(lanes, value, lane_mask) emulator::shuffle(value, lane_mask)
+
+struct Index {
+    unsigned x = 0, y = 0, z = 0;
+};
+inline Index threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+enum State { RUNNING, AT_BARRIER, AT_EXCHANGE, DONE };
+constexpr size_t STACK_BYTES = 256 << 10;
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(STACK_BYTES);
+    State state = DONE;
+    float sent[2];  // of the last two exchanges: a lane that runs ahead doesn't overwrite what others still read
+    int exchanges = 0;
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline unsigned current;
+inline std::function<void()> body;
+
+inline void yield(State state) {
+    unsigned self = current;
+    fibers[self].state = state;
+    swapcontext(&fibers[self].context, &scheduler);
+}
+
+inline void barrier() { yield(AT_BARRIER); }
+
+inline float shuffle(float value, int lane_mask) {
+    unsigned self = current;
+    int slot = fibers[self].exchanges++ % 2;
+    fibers[self].sent[slot] = value;
+    yield(AT_EXCHANGE);
+    return fibers[self ^ (unsigned)lane_mask].sent[slot];
+}
+
+inline void start() {
+    body();
+    yield(DONE);
+}
+
+inline bool all_in(State state, unsigned first, unsigned last) {
+    for (unsigned t = first; t < last; ++t)
+        if (fibers[t].state != state) return false;
+    return true;
+}
+
+inline void release(unsigned first, unsigned last) {
+    for (unsigned t = first; t < last; ++t) fibers[t].state = RUNNING;
+}
+
+inline void run_block(unsigned threads) {
+    for (unsigned t = 0; t < threads; ++t) {
+        Fiber& fiber = fibers[t];
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = STACK_BYTES;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, start, 0);
+        fiber.state = RUNNING, fiber.exchanges = 0;
+    }
+    while (!all_in(DONE, 0, threads)) {
+        bool moved = false;
+        for (unsigned t = 0; t < threads; ++t) {
+            if (fibers[t].state != RUNNING) continue;
+            current = t, threadIdx.x = t, moved = true;
+            swapcontext(&scheduler, &fibers[t].context);
+        }
+        for (unsigned warp = 0; warp < threads; warp += 32)
+            if (all_in(AT_EXCHANGE, warp, warp + 32)) release(warp, warp + 32), moved = true;
+        if (all_in(AT_BARRIER, 0, threads)) release(0, threads), moved = true;
+        if (!moved) {
+            std::fprintf(stderr, "block %u: not all threads reach the same barrier or exchange\n", blockIdx.x);
+            std::abort();
+        }
+    }
+}
+
+template <class... Args, size_t... N>
+void run(void (*kernel)(Args...), unsigned grid, unsigned block, void** args, std::index_sequence<N...>) {
+    if (fibers.size() < block) fibers = std::vector<Fiber>(block);
+    gridDim.x = grid, blockDim.x = block;
+    body = [&] { kernel(*(Args*)args[N]...); };
+    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) run_block(block);
+}
+
+template <class... Args>
+void run(void (*kernel)(Args...), unsigned grid, unsigned block, void** args) {
+    run(kernel, grid, block, args, std::index_sequence_for<Args...>());
+}
+
+}  // namespace emulator

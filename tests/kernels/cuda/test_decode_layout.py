@@ -1,0 +1,77 @@
+"""The kernels' layout, read lane by lane as `sources/decoders.cuh` says, gives the weights of the PyTorch twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from msq.experiments.kernel_checks import random_weight
+from msq.kernels.cuda.layout import from_units, pair_width, prepare, to_units
+from msq.kernels.quantize import coders, decode_unit
+from msq.kernels.quantizers.trellis import TrellisCoder, state_points
+from msq.kernels.specs import default_palette
+
+SPECS = {spec.label: spec for spec in default_palette()}
+
+
+def lane_words(unit: torch.Tensor, width: int) -> list[int]:
+    """The `width` words of each lane of a unit, as one number a lane, the first word lowest."""
+    octets, start, streams = unit.tolist(), 0, [0] * 32
+    done = 0  # bits of each lane so far
+    for size in [16] * (width // 4) + [8] * (width >> 1 & 1) + [4] * (width & 1):
+        for lane in range(32):
+            piece = octets[start + lane * size : start + (lane + 1) * size]
+            streams[lane] |= int.from_bytes(bytes(piece), "little") << done
+        start, done = start + 32 * size, done + 8 * size
+    return streams
+
+
+def decode_lanes(unit: torch.Tensor, width: int, coder, codebook: torch.Tensor) -> torch.Tensor:
+    """``(16, 128)``: what the lanes of a warp decode of a unit, put where the multiplications take it to be."""
+    streams, run_bits = lane_words(unit, width), 16 * width
+    points = state_points(codebook, coder.state_bits) if isinstance(coder, TrellisCoder) else None
+    result = torch.full((16, 128), torch.nan)
+    for lane, block in ((lane, block) for lane in range(32) for block in range(2)):
+        g, t = divmod(lane, 4)
+        own, following = (streams[n] >> run_bits * block & (1 << run_bits) - 1 for n in (lane, (lane + 4) % 32))
+        circle = own | following << run_bits
+        for i in range(16):
+            bits = circle >> width * i
+            if points is None:
+                code = torch.tensor(bits & (1 << width) - 1, dtype=torch.int32)
+                pair = coder.decode(code, codebook)
+            else:
+                pair = points[bits & (1 << coder.state_bits) - 1]
+            m, j = divmod(i, 4)
+            column = 64 * block + 16 * t + 2 * m + 8 * (j // 2)
+            result[g + 8 * (j % 2), column : column + 2] = pair
+    return result
+
+
+@pytest.mark.parametrize("label", ["int-3", "nuq-5", "vq-1.5", "tcq-1.5", "tcq-4", "tcq-4.5", "half-tcq-2.75"])
+def test_lanes_decode_what_the_twin_does(label):
+    spec = SPECS[label]
+    weight = random_weight(spec, 32, 320, torch.device("cpu"))
+    prepared, expected, start = prepare(weight), decode_unit(weight), 0
+    for units, coder, columns in zip(prepared.units, coders(spec), prepared.segment_columns, strict=True):
+        row, last = 1, units.shape[1] - 1
+        for unit in {0, last}:
+            found = decode_lanes(units[row, unit], coder.width, coder, weight.codebook)
+            here = expected[16 * row :, start + 128 * unit : start + min(128 * unit + 128, columns)]
+            assert torch.equal(found[:, : here.shape[1]], here)
+        start += columns
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_layout_is_a_permutation(spec):
+    weight = random_weight(spec, 48, 288, torch.device("cpu"))
+    prepared = prepare(weight)
+    for packed, units, rate in zip(weight.packed, prepared.units, spec.rates, strict=True):
+        assert units.shape == (3, -(-packed.shape[1] // 8), 128 * pair_width(rate))
+        assert torch.equal(from_units(units, packed.shape[1]), packed)
+    whole = random_weight(spec, 16, 512, torch.device("cpu"))
+    assert prepare(whole).size_bytes == whole.size_bytes == spec.size_bytes(16, 512)
+
+
+def test_bytes_move_and_do_not_change():
+    packed = torch.randint(256, (2, 8, 16 * 7), dtype=torch.uint8)
+    assert torch.equal(to_units(packed).flatten().sort().values, packed.flatten().sort().values)

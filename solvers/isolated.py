@@ -12,6 +12,7 @@ import dataclasses
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -147,7 +148,7 @@ def _work(connection: Connection, name: str, problem: Problem, arguments: dict[s
     """What the process does."""
     if sys.platform != "win32":
         os.setsid()
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with_parent, args=(scratch,), daemon=True).start()
     tempfile.tempdir = scratch
     started, worked = time.monotonic(), time.process_time()
     try:
@@ -163,11 +164,12 @@ def _work(connection: Connection, name: str, problem: Problem, arguments: dict[s
     connection.close()
 
 
-def _end_with_parent() -> None:
-    """Kill this process's group once the parent is gone, be it by a signal that it can't handle."""
+def _end_with_parent(scratch: str) -> None:
+    """Do the parent's work once it is gone, be it by a signal that it can't handle."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        shutil.rmtree(scratch, ignore_errors=True)
         os.killpg(0, signal.SIGKILL)
 
 

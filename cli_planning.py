@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -283,21 +282,24 @@ def compare(
     total = sum(map(len, pending))
     rows: list[Comparison] = []
     hopeless = []
+    interrupted = False
     for problem in pending:
         answers: list[Comparison] = []
         # a bar per problem: while one is shown, what goes to stdout may end up on stderr
-        with suppress(KeyboardInterrupt), progress("comparing solvers", total, done=len(rows)) as advance:
-            for trial in problem:
-                answers.append(trial.run(time_limit=time_limit, rel_gap=rel_gap, seed=seed, threads=threads))
-                advance()
+        try:
+            with progress("comparing solvers", total, done=len(rows)) as advance:
+                for trial in problem:
+                    answers.append(trial.run(time_limit=time_limit, rel_gap=rel_gap, seed=seed, threads=threads))
+                    advance()
+        except KeyboardInterrupt:
+            interrupted = True
         rows += contradictions(answers)
         if answers and not json_output:
             _print_comparison(rows[-len(answers) :])
-        if len(answers) < len(problem):
+        if interrupted:
             break
         if out_of_reach(answers):
             hopeless.append(answers[0].budgets)
-    interrupted = len(rows) < total
     if out is not None and rows:
         table = pd.DataFrame([asdict(row) for row in rows])
         write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)

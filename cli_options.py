@@ -24,9 +24,24 @@ Implementations = Annotated[
 Fusion = Annotated[bool, typer.Option("--fusion/--no-fusion", help="Whether layers may run as one kernel.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-TimeLimit = Annotated[float, typer.Option(help="Seconds for a solver.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
+
+
+def _positive(seconds: float) -> float:
+    """A time limit that solvers take, before anything is read or solved.
+
+    Raises:
+        SolverError: not above 0.
+    """
+    from .solvers.errors import SolverError
+
+    if not seconds > 0:
+        raise SolverError(f"--time-limit: expected seconds above 0, got {seconds:g}; use inf for no limit.")
+    return seconds
+
+
+TimeLimit = Annotated[float, typer.Option(callback=_positive, help="Seconds for a solver on a problem; inf for none.")]
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from .experiments.compare import Comparison
     from .planner.plan import Plan
     from .planner.robust import Stability
+    from .profiles.tables import Profile
 
 Constraints = Annotated[
     list[str] | None,
@@ -77,8 +80,11 @@ def plan(
 
     if out is not None:
         check_writable(out, PlanError)
+    measured = load(profile)
+    if robust is not None or stability:
+        _check_standard_errors(measured)
     found = find_plan(
-        load(profile),
+        measured,
         parse_budgets(budget),
         quantizers=quantizers,
         implementations=split_names(implementations),
@@ -89,13 +95,13 @@ def plan(
         time_limit=time_limit,
         seed=seed,
     )
+    if out is not None:
+        save_plan(found.plan, out)
     moved = None
     if stability:
         moved = resample(
             found.constrained, found.columns, found.solver, samples=stability, time_limit=time_limit, seed=seed
         )
-    if out is not None:
-        save_plan(found.plan, out)
     if json_output:
         names = found.constrained.built.profile.layer_names
         print_json(plan_json(found.plan) | ({} if moved is None else {"stability": moved.to_json(names)}))
@@ -103,6 +109,20 @@ def plan(
     _print_plan(found.plan)
     if moved is not None:
         _print_stability(moved, found.constrained.built.profile.layer_names)
+
+
+def _check_standard_errors(measured: Profile) -> None:
+    """Before solving, what resampling would find missing after it."""
+    import numpy as np
+
+    from .planner.errors import PlanError
+
+    errors = measured.layers.get("standard_error")
+    if errors is None or not np.isfinite(errors.to_numpy(np.float64)).all():
+        raise PlanError(
+            "--robust and --stability need standard errors of the sensitivities, which the profile lacks; measure it "
+            "again with `msq profile`, or leave them out."
+        )
 
 
 def _print_plan(found: Plan) -> None:
@@ -145,36 +165,37 @@ def frontier(
     out: Annotated[Path, typer.Option(help="CSV file to write.")],
     plot: Plot = None,
     at: Annotated[
-        str | None, typer.Option(help='Amounts with proven plans, comma-separated: "3bpw,4GiB" or "200tps".')
+        str | None, typer.Option(help='Amounts to plan for, comma-separated: "3bpw,4GiB" or "200tps".')
     ] = None,
     plan: Annotated[list[Path] | None, typer.Option("--plan", help="Plans to show; repeatable.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size, for latency.")] = 1,
     quantizers: Quantizers = None,
     implementations: Implementations = None,
     fusion: Fusion = True,
+    time_limit: TimeLimit = 60.0,
     json_output: Json = False,
 ) -> None:
     """Every break point of least loss against memory or latency, beside uniform schemes and the ideal."""
-    from .experiments.charts import check_chart, frontier_chart
+    from .experiments.charts import frontier_chart
     from .planner.errors import PlanError
     from .planner.frontier import frontier_table
-    from .planner.plan import load_plan
-    from .profiles.files import check_writable, write_atomic
+    from .profiles.files import write_atomic
 
-    check_writable(out, PlanError)
-    if plot is not None:
-        check_chart(plot)
+    _check_files(out, plot)
     measured = load(profile)
     table = frontier_table(
         measured,
         resource,
         batch_size=batch_size,
         at=split_names(at) or (),
-        plans={path.stem: load_plan(path) for path in plan or ()},
+        plans=_labelled_plans(plan or (), measured),
         quantizers=quantizers,
         implementations=split_names(implementations),
         fusion=fusion,
+        time_limit=time_limit,
     )
+    for label in table.loc[table["series"] == "feasible", "label"]:
+        note(f"msq: {label}: not proven optimal within {time_limit:g} s; it is in the series 'feasible'.")
     write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)
     if plot is not None:
         frontier_chart(table, plot, f"{measured.manifest.model.name} on {measured.manifest.device.name}")
@@ -184,6 +205,35 @@ def frontier(
         print_json(files | {"points": points, "rows": len(table)})
     else:
         print(f"{points} break points in {out}" + ("" if plot is None else f", chart in {plot}"))
+
+
+def _check_files(out: Path | None, plot: Path | None) -> None:
+    """Refuses files that can't be written, before hours are spent on what is to be in them."""
+    from .experiments.charts import check_chart
+    from .planner.errors import PlanError
+    from .profiles.files import check_writable
+
+    if out is not None:
+        check_writable(out, PlanError)
+    if plot is not None:
+        check_chart(plot)
+    if out is not None and plot is not None and out.resolve() == plot.resolve():
+        raise PlanError(f"--out and --plot are both {out}; give the chart another name.")
+
+
+def _labelled_plans(paths: Sequence[Path], measured: Profile) -> dict[str, Plan]:
+    """Plans by the stem of their files, by the whole path where stems clash."""
+    from .planner.plan import load_plan
+
+    paths = list(dict.fromkeys(paths))
+    stems = Counter(path.stem for path in paths)
+    plans = {}
+    for path in paths:
+        found = load_plan(path)
+        plans[path.stem if stems[path.stem] == 1 else str(path)] = found
+        if found.profile.digest != measured.digest:
+            note(f"msq: {path} was made from another profile; what it promises may not compare with this frontier.")
+    return plans
 
 
 def compare(
@@ -198,7 +248,7 @@ def compare(
     implementations: Implementations = None,
     fusion: Fusion = True,
     constraint: Constraints = None,
-    time_limit: Annotated[float, typer.Option(help="Seconds for each solver on each problem.")] = 60.0,
+    time_limit: TimeLimit = 60.0,
     rel_gap: Annotated[float, typer.Option(min=0, help="Relative gap at which a plan counts as optimal.")] = 1e-6,
     threads: Annotated[int, typer.Option(min=1, help="Most threads of a solver.")] = 1,
     seed: Seed = 0,
@@ -209,21 +259,18 @@ def compare(
     """Solver strategies side by side, each in a process of its own: answers, proofs, seconds, memory."""
     import pandas as pd
 
-    from .experiments.charts import check_chart, comparison_chart
-    from .experiments.compare import compare_solvers
+    from .experiments.charts import comparison_chart
+    from .experiments.compare import contradictions, out_of_reach, trials
     from .planner.budget import parse_budgets
     from .planner.constraints import parse_constraints
     from .planner.errors import InfeasibleBudgetError, PlanError
-    from .profiles.files import check_writable, write_atomic
+    from .profiles.files import write_atomic
+    from .profiles.progress import progress
 
-    if out is not None:
-        check_writable(out, PlanError)
-    if plot is not None:
-        check_chart(plot)
+    _check_files(out, plot)
     measured = load(profile)
     problems = [parse_budgets(budget), *(parse_budgets(split_names(text) or ()) for text in also or ())]
-    rows: list[Comparison] = []
-    for answers in compare_solvers(
+    pending = trials(
         measured,
         problems,
         solvers=split_names(solvers),
@@ -231,25 +278,42 @@ def compare(
         implementations=split_names(implementations),
         fusion=fusion,
         constraints=parse_constraints(constraint or ()),
-        time_limit=time_limit,
-        rel_gap=rel_gap,
-        seed=seed,
-        threads=threads,
-    ):
-        rows += answers
-        if not json_output:
-            _print_comparison(answers)
-    if all(row.status == "infeasible" for row in rows):
-        raise InfeasibleBudgetError(
-            f"every solver proves that {' and '.join(budget)} can't be met; `msq plan` says what can."
-        )
-    if out is not None:
+    )
+    total = sum(map(len, pending))
+    rows: list[Comparison] = []
+    hopeless = []
+    interrupted = False
+    for problem in pending:
+        answers: list[Comparison] = []
+        # a bar per problem: while one is shown, what goes to stdout may end up on stderr
+        try:
+            with progress("comparing solvers", total, done=len(rows)) as advance:
+                for trial in problem:
+                    answers.append(trial.run(time_limit=time_limit, rel_gap=rel_gap, seed=seed, threads=threads))
+                    advance()
+        except KeyboardInterrupt:
+            interrupted = True
+        rows += contradictions(answers)
+        if answers and not json_output:
+            _print_comparison(rows[-len(answers) :])
+        if interrupted:
+            break
+        if out_of_reach(answers):
+            hopeless.append(answers[0].budgets)
+    if out is not None and rows:
         table = pd.DataFrame([asdict(row) for row in rows])
         write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)
-    if plot is not None:
+    if plot is not None and rows:
         comparison_chart(rows, plot, measured.manifest.model.name)
     if json_output:
-        print_json({"budgets": budget, "solvers": [asdict(row) for row in rows]})
+        print_json({"budgets": budget, "interrupted": interrupted, "solvers": [asdict(row) for row in rows]})
+    if interrupted:
+        note(f"msq: interrupted after {len(rows)} of {total} solves.")
+        raise typer.Exit(130)
+    if len(hopeless) == len(pending):
+        raise InfeasibleBudgetError(
+            f"it is proven that no plan meets {' or '.join(hopeless)}; `msq plan` says what can be met."
+        )
 
 
 def _print_comparison(rows: list[Comparison]) -> None:

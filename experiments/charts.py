@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from ..profiles.files import write_atomic
+from ..profiles.files import check_writable, write_atomic
+from ..solvers.base import CONTRADICTION_TOLERANCE
 from .compare import Comparison
 from .errors import ChartError
 
@@ -30,8 +31,9 @@ def check_chart(path: Path) -> None:
     """Refuses a chart that can't be drawn, before hours are spent on its data.
 
     Raises:
-        ChartError: matplotlib is missing, or the name doesn't end as a known format.
+        ChartError: the file can't be written, matplotlib is missing, or the name doesn't end as a known format.
     """
+    check_writable(path, ChartError)
     if path.suffix.lstrip(".").lower() not in _FORMATS:
         raise ChartError(f"{path}: expected a chart's name to end in .{', .'.join(_FORMATS)}.")
     try:
@@ -60,6 +62,8 @@ def frontier_chart(table: pd.DataFrame, path: Path, title: str) -> None:
             axes.plot(x, y, "o", color="tab:orange", markersize=3, label="one quantizer everywhere")
         elif series == "exact":
             axes.plot(x, y, "D", color="tab:green", markersize=5, label="proven optimum at a budget")
+        elif series == "feasible":
+            axes.plot(x, y, "D", color="tab:green", markersize=5, fillstyle="none", label="best found at a budget")
         else:
             axes.plot(x, y, "*", color="tab:red", markersize=13, label=f"plan {', '.join(part['label'])}")
     axes.set(xlabel=label, ylabel="predicted loss", yscale="log", title=title)
@@ -71,7 +75,8 @@ def frontier_chart(table: pd.DataFrame, path: Path, title: str) -> None:
 def comparison_chart(rows: Sequence[Comparison], path: Path, title: str) -> None:
     """Gap against time of every solver, a panel for every problem.
 
-    A plan's gap is its distance to the best plan or the best bound of all, whichever tells more.
+    A plan's gap is its distance to the best bound of all, or to the best plan where there is no bound. Bounds above a
+    plan that the checker accepts are wrong and left out.
 
     Raises:
         ChartError: see `check_chart`, or the file can't be written.
@@ -83,22 +88,29 @@ def comparison_chart(rows: Sequence[Comparison], path: Path, title: str) -> None
     span = (min(seconds, default=0.1) / 2, max(seconds, default=10.0) * 5)
     for budgets, axes in zip(problems, panels, strict=True):
         own = [row for row in rows if row.budgets == budgets]
-        bounds = [row.lower_bound for row in own if row.lower_bound is not None]
-        bound = max(bounds, default=min((row.objective for row in own if row.objective is not None), default=0.0))
+        reference, kind = _reference(own)
         for row in own:
             if row.objective is None or row.seconds is None or not row.objective:
                 continue
-            gap = max(1 - bound / row.objective, _LEAST_GAP)
+            gap = max(1 - reference / row.objective, _LEAST_GAP)
             (point,) = axes.plot(row.seconds, gap, "o" if row.gap is not None else "x", markersize=6)
             axes.annotate(
                 row.solver, (row.seconds, gap), xytext=(4, 4), textcoords="offset points", fontsize=7,
                 color=point.get_color(),
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", xlim=span, ylim=(_LEAST_GAP / 2, 2), title=budgets)
-        axes.set(xlabel="seconds", ylabel="distance to the best bound, relative")
+        axes.set(xlabel="seconds", ylabel=f"distance to the best {kind}, relative")
         axes.grid(visible=True, which="major", linewidth=0.3)
     figure.suptitle(f"{title} (circles: with a bound, crosses: without)", fontsize=9)
     _save(figure, path)
+
+
+def _reference(rows: Sequence[Comparison]) -> tuple[float, str]:
+    """The loss that plans of one problem are measured against, and what it is: "bound" or "plan"."""
+    best = min((row.objective for row in rows if row.objective is not None and row.within_caps), default=float("inf"))
+    credible = best + CONTRADICTION_TOLERANCE * abs(best)
+    bounds = [row.lower_bound for row in rows if row.lower_bound is not None and row.lower_bound <= credible]
+    return (max(bounds), "bound") if bounds else (best, "plan")
 
 
 def _figure(panels: int) -> tuple[Figure, list[Axes]]:

@@ -7,7 +7,8 @@ nothing else down. Answers to the same problem are then held against each other:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..planner.budget import Budget
@@ -20,7 +21,7 @@ from ..solvers.errors import SolverError
 from ..solvers.isolated import solve_isolated
 from ..solvers.problem import Problem
 from ..solvers.registry import missing_requirements, solver_names
-from ..solvers.solution import Status
+from ..solvers.solution import Solution, Status
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class Comparison:
     Attributes:
         budgets: as written, joined by spaces.
         solver: its name.
-        status: optimal, feasible, infeasible, unknown; "unavailable" or "failed" with a `remark`.
+        status: optimal, feasible, infeasible, unknown; with a `remark` "unavailable" (something isn't installed),
+            "refused" (the backend can't handle the problem) or "failed".
         objective: loss of its plan, None without one.
-        lower_bound, gap: None where nothing was proven.
+        lower_bound, gap: None where nothing was proven; a bound may come without a plan.
         within_caps: whether the independent checker found every cap kept; None without a plan.
         seconds: wall time of the solve, loading what the backend needs included; None if it didn't run.
         peak_mb: largest resident size of its process; None if not known.
@@ -55,7 +57,59 @@ class Comparison:
     remark: str = ""
 
 
-def compare_solvers(
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One backend on one problem, to be run.
+
+    Attributes:
+        constrained: the problem.
+        solver: name of the backend.
+        missing: modules that it needs and that aren't installed.
+    """
+
+    constrained: Constrained
+    solver: str
+    missing: tuple[str, ...] = ()
+
+    def run(self, *, time_limit: float = 60.0, rel_gap: float = 1e-6, seed: int = 0, threads: int = 1) -> Comparison:
+        """The row of this trial; takes up to `time_limit` seconds. Arguments as in `Solver.solve`."""
+        row = Comparison(" ".join(budget.text for budget in self.constrained.built.budgets), self.solver, "unavailable")
+        if self.missing:
+            return replace(row, remark=f"pip install {' '.join(self.missing)}")
+        problem = self.constrained.problem
+        done = solve_isolated(self.solver, problem, time_limit=time_limit, rel_gap=rel_gap, seed=seed, threads=threads)
+        row = replace(
+            row,
+            status="refused" if done.refused else "failed",
+            seconds=done.seconds,
+            peak_mb=round(done.peak_bytes / 1e6) or None,
+            columns=problem.columns,
+            remark=done.error,
+        )
+        return row if done.solution is None else _answered(row, problem, done.solution)
+
+
+def _answered(row: Comparison, problem: Problem, solution: Solution) -> Comparison:
+    """The row of a backend that has answered."""
+    kept = solution.stats.get("kept_columns")
+    row = replace(
+        row,
+        status=str(solution.status),
+        lower_bound=solution.lower_bound if math.isfinite(solution.lower_bound) else None,
+        columns_kept=None if kept is None else int(kept),
+        remark=str(solution.stats.get("rejected", "")),
+    )
+    if solution.columns is None:
+        return row
+    return replace(
+        row,
+        objective=solution.objective,
+        gap=solution.gap if math.isfinite(solution.gap) else None,
+        within_caps=check(problem, solution.columns).feasible,
+    )
+
+
+def trials(
     profile: Profile,
     problems: Sequence[Sequence[Budget]],
     *,
@@ -64,20 +118,14 @@ def compare_solvers(
     implementations: Sequence[str] | None = None,
     fusion: bool = True,
     constraints: Sequence[Constraint] = (),
-    time_limit: float = 60.0,
-    rel_gap: float = 1e-6,
-    seed: int = 0,
-    threads: int = 1,
-) -> Iterator[list[Comparison]]:
-    """Run backends on the problems of a profile, one after the other; yields the rows of each problem.
+) -> list[list[Trial]]:
+    """What to run to compare backends on the problems of a profile: the trials of each problem.
 
     Args:
         profile, quantizers, implementations, fusion: see `build_problem`.
         problems: the joint budgets of each problem.
         solvers: names; None for all.
         constraints: side constraints of all problems.
-        time_limit: seconds for each backend on each problem.
-        rel_gap, seed, threads: see `Solver.solve`.
 
     Raises:
         PlanError, SolverError: bad budgets, quantizers, constraints or solver names.
@@ -85,56 +133,15 @@ def compare_solvers(
     names = list(dict.fromkeys(solver_names() if solvers is None else solvers))
     if not names:
         raise SolverError(f"expected at least one solver; there are {', '.join(solver_names())}")
-    lacking = {name: missing_requirements(name) for name in names}
+    missing = {name: missing_requirements(name) for name in names}
     selection = {"quantizers": quantizers, "implementations": implementations, "fusion": fusion}
     built = [constrain(build_problem(profile, budgets, **selection), constraints) for budgets in problems]  # type: ignore[arg-type]
-    for one in built:
-        rows = []
-        for name in names:
-            if lacking[name]:
-                remark = f"pip install {' '.join(lacking[name])}"
-                rows.append(Comparison(_text(one), name, "unavailable", remark=remark))
-            else:
-                rows.append(_run(one, name, time_limit=time_limit, rel_gap=rel_gap, seed=seed, threads=threads))
-        yield contradictions(rows)
+    return [[Trial(problem, name, missing[name]) for name in names] for problem in built]
 
 
-def _text(constrained: Constrained) -> str:
-    return " ".join(budget.text for budget in constrained.built.budgets)
-
-
-def _run(constrained: Constrained, name: str, **limits: float) -> Comparison:
-    problem: Problem = constrained.problem
-    done = solve_isolated(name, problem, **limits)  # type: ignore[arg-type]
-    row = Comparison(
-        _text(constrained),
-        name,
-        "failed",
-        seconds=done.seconds,
-        peak_mb=round(done.peak_bytes / 1e6) or None,
-        columns=problem.columns,
-        remark=done.error,
-    )
-    if done.solution is None:
-        return row
-    solution = done.solution
-    kept = solution.stats.get("kept_columns")
-    row = replace(
-        row,
-        status=str(solution.status),
-        columns_kept=None if kept is None else int(kept),
-        remark=str(solution.stats.get("rejected", "")),
-    )
-    if solution.columns is None:
-        return row
-    proven = solution.lower_bound > float("-inf")
-    return replace(
-        row,
-        objective=solution.objective,
-        lower_bound=solution.lower_bound if proven else None,
-        gap=solution.gap if proven else None,
-        within_caps=check(problem, solution.columns).feasible,
-    )
+def out_of_reach(rows: Sequence[Comparison]) -> bool:
+    """Whether a backend proves that the problem of these rows has no plan, and none has one."""
+    return any(row.status == Status.INFEASIBLE for row in rows) and all(row.objective is None for row in rows)
 
 
 def contradictions(rows: Sequence[Comparison]) -> list[Comparison]:

@@ -1,9 +1,10 @@
-"""Loss against one resource, as a table: the Pareto frontier, proven plans on it, and what to compare them with.
+"""Loss against one resource, as a table: the Pareto frontier, plans at budgets, and what to compare them with.
 
 The series of the table:
 
 - ``frontier``: every break point of the Lagrangian frontier, from the least use to the least loss;
-- ``exact``: proven plans at chosen budgets, which may lie between break points;
+- ``exact``: plans at chosen budgets, proven optimal, which may lie between break points;
+- ``feasible``: plans at chosen budgets that the time limit left unproven;
 - ``uniform``: one quantizer everywhere, with the kernels and fusions that use least of the resource;
 - ``ideal``: Theorem 3.1 of Q-Palette, ideal Gaussian quantizers at water-filling rates, tables and scales left out
   (memory only);
@@ -23,6 +24,7 @@ from ..solvers.errors import SolverError
 from ..solvers.frontier import Frontier, frontier
 from ..solvers.problem import Problem
 from ..solvers.registry import get_solver
+from ..solvers.solution import Status
 from ..solvers.water_filling import ideal_curve
 from .budget import Budget, parse_budget
 from .constraints import constrain
@@ -52,22 +54,28 @@ def frontier_table(
     Args:
         resource: "memory" or "latency".
         batch_size: for latency.
-        at: amounts such as ``3.25bpw`` or ``200tps``, at which proven plans are wanted.
+        at: amounts such as ``3.25bpw`` or ``200tps``, at which the best plans are wanted.
         plans: plans by label.
         quantizers, implementations, fusion: see `build_problem`.
-        time_limit: seconds for each of the proven plans.
+        time_limit: seconds for each plan at a budget.
 
     Returns:
         Columns ``series`` and ``label``; ``memory_bytes`` and ``bits_per_weight``, or ``latency_us`` and
-        ``tokens_per_second``; ``loss``; ``lower_bound`` (of proven plans); ``price``, the loss saved per byte or µs
+        ``tokens_per_second``; ``loss``; ``lower_bound`` (of plans at budgets); ``price``, the loss saved per byte or µs
         on the way to a break point (none for the first).
 
     Raises:
-        PlanError: an unknown resource, or input that `build_problem` refuses.
+        PlanError: an unknown resource, a batch size that was not measured, or input that `build_problem` refuses.
         InfeasibleBudgetError: an amount is out of reach.
     """
     if resource not in _UNBOUNDED:
         raise PlanError(f'a frontier is of memory or latency; got "{resource}".')
+    if resource == "latency" and batch_size not in profile.batch_sizes:
+        sizes = ", ".join(map(str, profile.batch_sizes))
+        raise PlanError(
+            f"a frontier of latency at batch size {batch_size} needs a profile that measured it; this one measured "
+            + (f"batch size {sizes}." if sizes else "no latency.")
+        )
     suffix = f"@{batch_size}" if resource == "latency" else ""
     selection = {"quantizers": quantizers, "implementations": implementations, "fusion": fusion}
     built = build_problem(profile, [parse_budget(_UNBOUNDED[resource] + suffix)], **selection)  # type: ignore[arg-type]
@@ -76,7 +84,7 @@ def frontier_table(
         points = frontier(built.problem, 0)
         series = [
             pd.DataFrame({"series": "frontier", "use": points.usage, "loss": points.loss, "price": points.price}),
-            *(_exact(built, budget, points, time_limit) for budget in budgets),
+            *(_best(built, budget, points, time_limit) for budget in budgets),
             _uniform(built),
         ]
         if resource == "memory":
@@ -97,12 +105,13 @@ def _spelled(table: pd.DataFrame, resource: str, batch_size: int, weights: int) 
     table = table.reindex(columns=["series", "label", "use", "loss", "lower_bound", "price"])
     table["label"] = table["label"].fillna("")
     table["price"] = table["price"].where(table["price"] < float("inf"))
+    table["lower_bound"] = table["lower_bound"].where(table["lower_bound"] > float("-inf"))
     table.insert(3, per, 8 * table["use"] / weights if resource == "memory" else batch_size * 1e6 / table["use"])
     return table.rename(columns={"use": use})
 
 
-def _exact(built: BuiltProblem, budget: Budget, points: Frontier, time_limit: float) -> pd.DataFrame:
-    """The proven plan at a budget, started from the break point below it."""
+def _best(built: BuiltProblem, budget: Budget, points: Frontier, time_limit: float) -> pd.DataFrame:
+    """The best plan at a budget that time allows, started from the break point below it."""
     resolved = budget.resolve(int(built.profile.layer_weights.sum()))
     if resolved.cap is None:
         raise PlanError(f'the budget "{budget.text}" has no cap; report this.')
@@ -113,7 +122,8 @@ def _exact(built: BuiltProblem, budget: Budget, points: Frontier, time_limit: fl
     if solution.columns is None:
         raise no_plan(constrain(capped, ()), solution, time_limit)
     use = float(built.problem.base[0] + built.problem.usage[0, solution.columns].sum())
-    row = {"series": "exact", "label": budget.text, "use": use, "loss": solution.objective}
+    series = "exact" if solution.status is Status.OPTIMAL else "feasible"
+    row = {"series": series, "label": budget.text, "use": use, "loss": solution.objective}
     return pd.DataFrame([row | {"lower_bound": solution.lower_bound}])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
+import tempfile
 import warnings
 from typing import Any
 
@@ -68,10 +69,13 @@ def _once(pulp: Any, rows: Rows, options: Options, hint: Floats | None, extra: l
     if not engine.available():
         raise SolverError("solver 'cbc': this PuLP has no CBC for this machine; choose another solver")
     problem, variables = _model(pulp, rows, hint)
-    try:
-        problem.solve(engine)
-    except pulp.PulpSolverError:
-        return Run(None, -math.inf, "CBC crashed")
+    # PuLP leaves its files behind when CBC crashes or is interrupted
+    with tempfile.TemporaryDirectory(prefix="msq-cbc-", ignore_cleanup_errors=True) as folder:
+        engine.tmpDir = folder
+        try:
+            problem.solve(engine)
+        except pulp.PulpSolverError:
+            return Run(None, -math.inf, "CBC crashed")
     status = pulp.LpStatus[problem.status]
     finished = problem.sol_status == pulp.LpSolutionOptimal
     if not finished and problem.sol_status != pulp.LpSolutionIntegerFeasible:

@@ -94,6 +94,108 @@ def test_frontier_writes_a_table_and_a_chart(msq, profile, tmp_path):
     assert code == 0 and json.loads(out)["points"] > 1
 
 
+def test_frontier_keeps_plans_of_one_name_apart_and_knows_its_profile(msq, profile, tmp_path):
+    a, b, c = tmp_path / "a" / "plan.yaml", tmp_path / "b" / "plan.yaml", tmp_path / "other.yaml"
+    for path, budget in ((a, "memory=3.5bpw"), (b, "memory=4bpw"), (c, "memory=4.5bpw")):
+        path.parent.mkdir(exist_ok=True)
+        assert msq("plan", "--profile", profile, "--budget", budget, "--out", path)[0] == 0
+    content = yaml.safe_load(c.read_text())
+    content["profile"]["digest"] = "0" * 64
+    c.write_text(yaml.safe_dump(content))
+    arguments = ["frontier", "--profile", profile, "--resource", "memory", "--out", tmp_path / "f.csv"]
+    code, _, err = msq(*arguments, "--plan", a, "--plan", b, "--plan", c, "--plan", a)
+    table = pd.read_csv(tmp_path / "f.csv", keep_default_na=False)
+    assert code == 0 and table.loc[table["series"] == "plan", "label"].tolist() == [str(a), str(b), "other"]
+    assert err.splitlines() == [
+        f"msq: {c} was made from another profile; what it promises may not compare with this frontier."
+    ]
+
+
+def test_frontier_says_which_plans_are_not_proven(msq, profile, tmp_path, monkeypatch):
+    from msq.planner import frontier
+
+    def best(built, budget, points, time_limit):
+        row = {"series": "feasible", "label": budget.text, "use": 1.0, "loss": time_limit, "lower_bound": 0.0}
+        return pd.DataFrame([row])
+
+    monkeypatch.setattr(frontier, "_best", best)
+    arguments = ["frontier", "--profile", profile, "--resource", "memory", "--at", "4bpw", "--time-limit", 9]
+    code, _, err = msq(*arguments, "--out", tmp_path / "f.csv")
+    table = pd.read_csv(tmp_path / "f.csv")
+    assert code == 0 and table.loc[table["series"] == "feasible", "loss"].tolist() == [9]
+    assert "memory=4bpw: not proven optimal within 9 s" in err
+
+
+def test_a_plan_is_saved_before_it_is_resampled(msq, profile, tmp_path, monkeypatch):
+    from msq.planner import robust
+    from msq.planner.errors import PlanError
+
+    def fail(*_, **__):
+        raise PlanError("no sample could be planned.")
+
+    monkeypatch.setattr(robust, "stability", fail)
+    plan = tmp_path / "plan.yaml"
+    arguments = ["plan", "--profile", profile, "--budget", "memory=4.5bpw", "--stability", 2]
+    assert msq(*arguments, "--out", plan)[0] == 2 and plan.exists()
+
+
+@pytest.mark.parametrize("option", [("--robust", 0.9), ("--stability", 2)])
+def test_resampling_without_standard_errors_is_refused_before_solving(msq, profile, tmp_path, monkeypatch, option):
+    import dataclasses
+
+    from msq import cli_planning
+    from msq.planner import solve
+
+    measured = cli_planning.load(profile)
+    bare = dataclasses.replace(measured, layers=measured.layers.drop(columns="standard_error"))
+    monkeypatch.setattr(cli_planning, "load", lambda _: bare)
+    monkeypatch.setattr(solve, "find_plan", lambda *_, **__: pytest.fail("solved"))
+    code, out, err = msq("plan", "--profile", profile, "--budget", "memory=4.5bpw", *option)
+    assert code == 2 and not out and err.startswith("msq: --robust and --stability need standard errors")
+
+
+def test_compare_keeps_what_is_done_when_interrupted(msq, profile, tmp_path, monkeypatch):
+    from msq.experiments import compare
+
+    solve = compare.solve_isolated
+
+    def interrupted(name, problem, **limits):
+        if name == "exact":
+            raise KeyboardInterrupt
+        return solve(name, problem, **limits)
+
+    monkeypatch.setattr(compare, "solve_isolated", interrupted)
+    arguments = ["compare", "--profile", profile, "--budget", "memory=4.5bpw", "--also", "memory=5bpw"]
+    arguments += ["--out", tmp_path / "c.csv", "--plot", tmp_path / "c.svg"]
+    code, out, err = msq(*arguments, "--solvers", "greedy,exact,uniform", "--json")
+    found = json.loads(out)
+    assert code == 130 and found["interrupted"] and [row["solver"] for row in found["solvers"]] == ["greedy"]
+    assert pd.read_csv(tmp_path / "c.csv")["solver"].tolist() == ["greedy"] and (tmp_path / "c.svg").exists()
+    assert "comparing solvers" in err and "interrupted after 1 of 6 solves" in err
+    (tmp_path / "c.csv").unlink()
+    code, out, err = msq(*arguments, "--solvers", "exact,greedy")
+    assert code == 130 and not out and "interrupted after 0 of 4 solves" in err and not (tmp_path / "c.csv").exists()
+
+
+def test_compare_out_of_reach_exits_with_3_after_writing(msq, profile, tmp_path):
+    arguments = ["compare", "--profile", profile, "--out", tmp_path / "c.csv", "--plot", tmp_path / "c.png", "--json"]
+    arguments += ["--solvers", "greedy,exact", "--budget", "memory=1bpw"]
+    code, out, err = msq(*arguments, "--also", "memory=1.1bpw,latency=1s")
+    assert code == 3 and len(json.loads(out)["solvers"]) == len(pd.read_csv(tmp_path / "c.csv")) == 4
+    assert (tmp_path / "c.png").exists()
+    assert "no plan meets memory=1bpw or memory=1.1bpw latency=1s; `msq plan` says what can be met." in err
+    code, out, _ = msq(*arguments, "--also", "memory=4.5bpw")
+    assert code == 0 and {row["status"] for row in json.loads(out)["solvers"]} >= {"infeasible", "optimal"}
+
+
+def test_compare_tells_refusals_from_failures(msq, profile):
+    arguments = ["compare", "--profile", profile, "--budget", "memory=4.5bpw", "--constraint", "same:down_proj"]
+    code, out, _ = msq(*arguments, "--solvers", "exact,scip", "--json")
+    exact, scip = json.loads(out)["solvers"]
+    assert code == 0 and scip["status"] == "optimal" and exact["status"] == "refused"
+    assert exact["remark"].startswith("solver 'exact' can't handle layers that must share a choice")
+
+
 def test_compare_runs_every_backend(msq, profile, tmp_path):
     files = ["--out", tmp_path / "c.csv", "--plot", tmp_path / "c.png"]
     budgets = ["--budget", "memory=4.5bpw", "--also", "memory=5bpw,latency=1s"]
@@ -162,6 +264,25 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--state-bits", "30"], "trellis"),
         (["profile", "{p}", "--out", "{t}/p"], "config.json"),
         (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--solvers", ""], "at least one solver"),
+        (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--time-limit", "-1"], "expected seconds above 0"),
+        (["plan", "--profile", "{p}", "--budget", "memory=4bpw", "--time-limit", "nan"], "expected seconds above 0"),
+        (
+            ["frontier", "--profile", "{p}", "--resource", "memory", "--out", "{t}/f.csv", "--time-limit", "0"],
+            "expected seconds above 0",
+        ),
+        (
+            ["frontier", "--profile", "{p}", "--resource", "memory", "--out", "{t}/f.svg", "--plot", "{t}/./f.svg"],
+            "give the chart another name",
+        ),
+        (
+            ["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--out", "{t}/c.svg", "--plot", "{t}/c.svg"],
+            "give the chart another name",
+        ),
+        (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--plot", "{t}/a/c.png"], "does not exist"),
+        (
+            ["frontier", "--profile", "{p}", "--resource", "latency", "--out", "{t}/f.csv", "--batch-size", "8"],
+            "a frontier of latency at batch size 8 needs a profile that measured it; this one measured batch size 1.",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(msq, profile, tmp_path, arguments, message):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+from msq.planner import frontier as module
 from msq.planner.budget import parse_budgets
 from msq.planner.errors import InfeasibleBudgetError, PlanError
 from msq.planner.frontier import frontier_table
 from msq.planner.solve import find_plan
+from msq.solvers.registry import get_solver
+from msq.solvers.solution import Status
 
 
 def series(table, name):
@@ -45,6 +50,22 @@ def test_proven_points_are_plans_of_exact(profile) -> None:
         assert row.memory_bytes <= plan.budgets[0].cap
 
 
+@pytest.mark.parametrize("bound", [0.0, -np.inf])
+def test_what_is_not_proven_is_not_called_exact(profile, monkeypatch, bound) -> None:
+    class Hurried:
+        def solve(self, problem, **limits):
+            assert limits["time_limit"] == 7
+            found = get_solver("exact").solve(problem, **limits)
+            return dataclasses.replace(found, status=Status.FEASIBLE, lower_bound=bound)
+
+    monkeypatch.setattr(module, "get_solver", lambda name: Hurried())
+    table = frontier_table(profile, "memory", at=["3bpw"], time_limit=7)
+    assert not len(series(table, "exact"))
+    (row,) = series(table, "feasible").itertuples(index=False)
+    assert row.label == "memory=3bpw"
+    assert row.lower_bound == bound if np.isfinite(bound) else np.isnan(row.lower_bound)
+
+
 def test_the_ideal_lies_below_everything_and_plans_are_shown(profile) -> None:
     plan = find_plan(profile, parse_budgets(["memory=3bpw"])).plan
     table = frontier_table(profile, "memory", plans={"mine": plan})
@@ -62,5 +83,12 @@ def test_what_is_out_of_reach_is_said(profile) -> None:
         frontier_table(profile, "memory", at=["1bpw"])
     with pytest.raises(PlanError, match="memory or latency"):
         frontier_table(profile, "speed")
+    with pytest.raises(PlanError, match=r"at batch size 4 needs a profile that measured it; this one .* 1, 8"):
+        frontier_table(profile, "latency", batch_size=4)
     with pytest.raises(PlanError, match="unit is missing"):
         frontier_table(profile, "memory", at=["3"])
+
+
+def test_a_frontier_of_latency_needs_latency(memory_profile) -> None:
+    with pytest.raises(PlanError, match=r"batch size 1 needs .* measured no latency\.$"):
+        frontier_table(memory_profile, "latency")

@@ -75,14 +75,15 @@ def plan(
     from .planner.errors import PlanError
     from .planner.plan import save_plan
     from .planner.robust import stability as resample
+    from .planner.robust import standard_errors
     from .planner.solve import find_plan, plan_json
     from .profiles.files import check_writable
 
     if out is not None:
         check_writable(out, PlanError)
     measured = load(profile)
-    if robust is not None or stability:
-        _check_standard_errors(measured)
+    if stability:
+        standard_errors(measured)
     found = find_plan(
         measured,
         parse_budgets(budget),
@@ -97,6 +98,8 @@ def plan(
     )
     if out is not None:
         save_plan(found.plan, out)
+    for remark in found.remarks:
+        note(f"msq: {found.plan.solver.name}: {remark}")
     moved = None
     if stability:
         moved = resample(
@@ -109,20 +112,6 @@ def plan(
     _print_plan(found.plan)
     if moved is not None:
         _print_stability(moved, found.constrained.built.profile.layer_names)
-
-
-def _check_standard_errors(measured: Profile) -> None:
-    """Before solving, what resampling would find missing after it."""
-    import numpy as np
-
-    from .planner.errors import PlanError
-
-    errors = measured.layers.get("standard_error")
-    if errors is None or not np.isfinite(errors.to_numpy(np.float64)).all():
-        raise PlanError(
-            "--robust and --stability need standard errors of the sensitivities, which the profile lacks; measure it "
-            "again with `msq profile`, or leave them out."
-        )
 
 
 def _print_plan(found: Plan) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..profiles.tables import Profile
 from ..solvers.base import Solver
 from ..solvers.check import check
 from ..solvers.solution import Solution, Status
@@ -107,22 +108,32 @@ def sample_sensitivities(built: BuiltProblem, samples: int, seed: int) -> Floats
         raise PlanError(f"expected at least one sample; got {samples}.")
     measured = built.profile.layers["sensitivity"].to_numpy(np.float64)
     noise = np.random.default_rng(seed).normal(size=(samples, measured.size))
-    return np.maximum(measured + noise * standard_errors(built), 0.0)
+    return np.maximum(measured + noise * standard_errors(built.profile), 0.0)
 
 
-def standard_errors(built: BuiltProblem) -> Floats:
+def standard_errors(profile: Profile) -> Floats:
     """Of each layer's sensitivity; (layers,).
 
     Raises:
         PlanError: the profile has none.
     """
-    layers = built.profile.layers
+    layers = profile.layers
     if "standard_error" not in layers or not np.isfinite(layers["standard_error"].to_numpy(np.float64)).all():
         raise PlanError(
             "the profile has no standard errors of the sensitivities; measure it again with `msq profile`, or plan "
-            "without robustness."
+            "without --robust and --stability."
         )
     return layers["standard_error"].to_numpy(np.float64)
+
+
+def check_quantile(quantile: float) -> None:
+    """Refuses what isn't an upper quantile.
+
+    Raises:
+        PlanError: below 0.5, or not below 1.
+    """
+    if not 0.5 <= quantile < 1:
+        raise PlanError(f"expected a quantile of at least 0.5 and below 1, such as 0.95; got {quantile}.")
 
 
 def robust_solution(
@@ -152,12 +163,11 @@ def robust_solution(
     Raises:
         PlanError: an argument is wrong, or the profile has no standard errors.
     """
-    if not 0.5 <= quantile < 1:
-        raise PlanError(f"expected a quantile of at least 0.5 and below 1, such as 0.95; got {quantile}.")
+    check_quantile(quantile)
     if nominal.columns is None:
         raise PlanError("expected a solution with a plan to start from; solve the ordinary problem first.")
     problem = constrained.problem
-    errors = standard_errors(constrained.built)
+    errors = standard_errors(constrained.built.profile)
     measured = constrained.built.profile.layers["sensitivity"].to_numpy(np.float64)
     drawn = sample_sensitivities(constrained.built, 2 * samples, seed)
     cover = _LayerErrors(constrained)

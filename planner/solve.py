@@ -39,7 +39,7 @@ from .plan import (
     SolverReport,
 )
 from .problem_builder import BuiltProblem, build_problem
-from .robust import robust_solution
+from .robust import check_quantile, robust_solution, standard_errors
 
 Integers = npt.NDArray[np.int64]
 
@@ -100,6 +100,9 @@ def find_plan(
         InfeasibleBudgetError: no plan meets the budgets; says what is within reach.
         PlanError: the input is wrong, or the solver ended with neither a plan nor a proof.
     """
+    if robust is not None:
+        check_quantile(robust)
+        standard_errors(profile)
     try:
         built = build_problem(profile, budgets, quantizers=quantizers, implementations=implementations, fusion=fusion)
         constrained = constrain(built, constraints)

@@ -151,7 +151,7 @@ def test_resampling_without_standard_errors_is_refused_before_solving(msq, profi
     monkeypatch.setattr(cli_planning, "load", lambda _: bare)
     monkeypatch.setattr(solve, "find_plan", lambda *_, **__: pytest.fail("solved"))
     code, out, err = msq("plan", "--profile", profile, "--budget", "memory=4.5bpw", *option)
-    assert code == 2 and not out and err.startswith("msq: --robust and --stability need standard errors")
+    assert code == 2 and not out and err.startswith("msq: the profile has no standard errors")
 
 
 def test_compare_keeps_what_is_done_when_interrupted(msq, profile, tmp_path, monkeypatch):

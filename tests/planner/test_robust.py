@@ -35,8 +35,8 @@ def test_samples_have_the_measured_moments(noisy) -> None:
     drawn = sample_sensitivities(built, 4000, 0)
     assert (drawn >= 0).all()
     measured = built.profile.layers["sensitivity"].to_numpy()
-    np.testing.assert_allclose(drawn.mean(axis=0), measured, atol=5 * standard_errors(built).max() / 60)
-    np.testing.assert_allclose(drawn.std(axis=0), standard_errors(built), rtol=0.1, atol=1e-12)
+    np.testing.assert_allclose(drawn.mean(axis=0), measured, atol=5 * standard_errors(built.profile).max() / 60)
+    np.testing.assert_allclose(drawn.std(axis=0), standard_errors(built.profile), rtol=0.1, atol=1e-12)
     np.testing.assert_array_equal(drawn, sample_sensitivities(built, 4000, 0))
 
 

@@ -149,7 +149,7 @@ def test_resampling_without_standard_errors_is_refused_before_solving(msq, profi
     measured = cli_planning.load(profile)
     bare = dataclasses.replace(measured, layers=measured.layers.drop(columns="standard_error"))
     monkeypatch.setattr(cli_planning, "load", lambda _: bare)
-    monkeypatch.setattr(solve, "find_plan", lambda *_, **__: pytest.fail("solved"))
+    monkeypatch.setattr(solve, "build_problem", lambda *_, **__: pytest.fail("solved"))
     code, out, err = msq("plan", "--profile", profile, "--budget", "memory=4.5bpw", *option)
     assert code == 2 and not out and err.startswith("msq: the profile has no standard errors")
 

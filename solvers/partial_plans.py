@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from .structure import Floats, Integers
 
 Indices = npt.NDArray[np.int32]
 
+BUNDLED = 8
+"""Most alternatives of several groups taken together."""
 SLACK = 1e-9
 """Deviations up to this much above delta, relative, are kept, so that rounding loses no plan."""
 
@@ -30,8 +33,8 @@ class Partial:
         loss: (states,) change of loss.
         usage: (resources, states) change of use.
         spent: (prices,) least priced change of loss of these groups, see `Prices`.
-        previous: partial plans that these extend by one group; None for the empty one.
-        parents, choices: (states,) the state in `previous`, and the configuration added to it.
+        previous: partial plans that these extend by one bundle; None for the empty one.
+        parents, choices: (states,) the state in `previous`, and the alternative added to it.
         complete: no partial plan was left out for want of space.
     """
 
@@ -74,7 +77,7 @@ class Partial:
         return self.part(0, int(np.searchsorted(self.deviation, most, side="right")))
 
     def choices_of(self, state: int) -> Iterator[int]:
-        """The configurations of one partial plan."""
+        """The alternatives of one partial plan."""
         level = self
         while level.previous is not None:
             yield int(level.choices[state])
@@ -83,25 +86,59 @@ class Partial:
 
 
 @dataclass(frozen=True, eq=False)
-class Alternatives:
-    """Open groups and their configurations, the group whose second configuration deviates most first.
+class _Bundle:
+    """Alternatives of some groups taken together, by rising deviation: one configuration of each.
 
     Attributes:
-        base: (groups,) the first configuration of each group, which others are relative to.
-        members: for each open group, its configurations that aren't dominated, by rising deviation.
-        loss: (configurations,) relative to the group's base.
-        usage: (resources, configurations) likewise, resources of few different values first.
-        order: (resources,) resource of each row of `usage`.
+        deviation, loss: (alternatives,) sums; the loss relative to the groups' first configurations.
+        usage: (resources, alternatives) likewise.
+        parts: (alternatives, groups) the configurations.
+    """
+
+    deviation: Floats
+    loss: Floats
+    usage: Floats
+    parts: Integers
+
+    def joined(self, other: _Bundle, most: float) -> _Bundle:
+        """With more groups: what deviates by at most `most` and isn't beaten."""
+        one, two = np.nonzero(self.deviation[:, None] + other.deviation <= most)
+        loss, usage = self.loss[one] + other.loss[two], self.usage[:, one] + other.usage[:, two]
+        kept = undominated(loss, usage)
+        deviation = self.deviation[one[kept]] + other.deviation[two[kept]]
+        order = np.argsort(deviation, kind="stable")
+        kept = kept[order]
+        parts = np.concatenate((self.parts[one[kept]], other.parts[two[kept]]), axis=1)
+        return _Bundle(deviation[order], loss[kept], usage[:, kept], parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Alternatives:
+    """What open groups may have instead of their first configurations, in bundles of groups.
+
+    A partial plan grows by a bundle at a time: most groups have so few alternatives within delta that several
+    together have hardly more.
+
+    Attributes:
+        base: (groups,) the first configuration of each group, which all else is relative to.
+        order: (resources,) resource of each row of `usage`, those of few different values first.
+        members: the alternatives of each bundle, by rising deviation; the bundle of the most deviating first.
+        deviation, loss: (alternatives,).
+        usage: (resources, alternatives).
+        parts: of each alternative, its configurations.
     """
 
     base: Integers
+    order: Integers
     members: list[Integers]
+    deviation: Floats
     loss: Floats
     usage: Floats
-    order: Integers
+    parts: list[Integers]
 
     @classmethod
-    def build(cls, configurations: Configurations, groups: int, resources: Integers) -> Alternatives:
+    def build(cls, configurations: Configurations, groups: int, resources: Integers, delta: float) -> Alternatives:
+        """Group what deviates by at most `delta`."""
         start = np.searchsorted(configurations.group, np.arange(groups + 1))
         base = start[:-1]
         own = base[configurations.group]
@@ -109,13 +146,30 @@ class Alternatives:
         usage = configurations.usage[resources] - configurations.usage[np.ix_(resources, own)]
         few_first = np.argsort([np.unique(use).size for use in usage], kind="stable")
         order, usage = resources[few_first], usage[few_first]
-        members = []
+        single = []
         for group in np.flatnonzero(np.diff(start) > 1).tolist():
             first, last = int(start[group]), int(start[group + 1])
-            members.append(first + undominated(loss[first:last], usage[:, first:last]))
-        deviation = configurations.deviation
-        members.sort(key=lambda part: -float(deviation[part[min(1, part.size - 1)]]))
-        return cls(base, members, loss, usage, order)
+            kept = first + undominated(loss[first:last], usage[:, first:last])
+            single.append(_Bundle(configurations.deviation[kept], loss[kept], usage[:, kept], kept[:, None]))
+        single.sort(key=lambda one: -float(one.deviation[min(1, one.deviation.size - 1)]))
+        bundles: list[_Bundle] = []
+        for one in single:
+            if bundles and bundles[-1].deviation.size * one.deviation.size <= BUNDLED**2:
+                joined = bundles[-1].joined(one, delta * (1 + SLACK))
+                if joined.deviation.size <= BUNDLED:
+                    bundles[-1] = joined
+                    continue
+            bundles.append(one)
+        ends = np.cumsum([0] + [one.deviation.size for one in bundles])
+        return cls(
+            base,
+            order,
+            [np.arange(low, high) for low, high in pairwise(ends.tolist())],
+            np.concatenate([np.empty(0), *(one.deviation for one in bundles)]),
+            np.concatenate([np.empty(0), *(one.loss for one in bundles)]),
+            np.concatenate([np.empty((order.size, 0)), *(one.usage for one in bundles)], axis=1),
+            [parts for one in bundles for parts in one.parts],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +178,7 @@ class Prices:
 
     Attributes:
         prices: (prices, resources).
-        least: (prices, open groups) least priced change of loss in each group.
+        least: (prices, bundles) least priced change of loss in each bundle.
         slack: (prices,) what the deviations of a plan below ``dual + delta`` may sum to.
     """
 

@@ -2,12 +2,13 @@
 
 At the dual optimum every plan's loss is ``dual + sum of deviations + prices @ unused room`` (see `dual` and
 `configurations`), all terms non-negative: plans of loss below ``dual + delta`` consist of configurations whose
-deviations sum to at most delta. Only groups with several such configurations matter. They are walked in a fixed
-order, listing partial plans of the groups so far (prefixes); going backwards, partial plans of the groups to come
-were listed before (suffixes). A falling threshold decides where the two meet: after a share s of the groups,
-prefixes that deviate by more than (1 - s) delta are joined with the suffixes there and done with; those need not
-deviate by more than s delta. As the number of partial plans grows exponentially with the root of (groups x
-deviation), this lists the root of what two halves, each within delta, would (Horowitz & Sahni 1974), and more.
+deviations sum to at most delta. Only groups with several such configurations matter. Those of few are bundled (see
+`partial_plans`), and the bundles are walked in a fixed order, listing partial plans of the groups so far (prefixes);
+going backwards, partial plans of the groups to come were listed before (suffixes). A falling threshold decides where
+the two meet: after a share s of the groups, prefixes that deviate by more than (1 - s) delta are joined with the
+suffixes there and done with; those need not deviate by more than s delta. As the number of partial plans grows
+exponentially with the root of (groups x deviation), this lists the root of what two halves, each within delta, would
+(Horowitz & Sahni 1974), and more.
 
 Partial plans are dropped when they
 
@@ -107,7 +108,7 @@ class _Search:
         limit: int,
     ) -> None:
         self.configurations, self.limit = configurations, limit
-        self.alternatives = Alternatives.build(configurations, problem.groups, resources)
+        self.alternatives = Alternatives.build(configurations, problem.groups, resources, delta)
         order = self.alternatives.order
         base = configurations.usage[:, self.alternatives.base].sum(axis=1)
         # what sums relative to the base configurations may be off by; a plan that takes this room is refused later
@@ -168,7 +169,7 @@ class _Search:
         members = self.alternatives.members
         if not members or delta <= 0:
             return [(list(range(len(members))), 1.0)]
-        deviation = self.configurations.deviation / delta
+        deviation = self.alternatives.deviation / delta
         betas = np.geomspace(0.1, 1e4, 48)
         weights = np.exp(-betas[:, None] * deviation[np.concatenate(members)])
         first = np.cumsum([0] + [part.size for part in members[:-1]])
@@ -213,7 +214,7 @@ class _Search:
         Args:
             rests: what each of the completions knows of the groups that are still open.
         """
-        alternatives, deviation = self.alternatives, self.configurations.deviation
+        alternatives, deviation = self.alternatives, self.alternatives.deviation
         members = alternatives.members[group]
         counts = np.searchsorted(partial.deviation, most - deviation[members], side="right")
         complete = partial.complete
@@ -255,6 +256,7 @@ class _Search:
         prefix, one, suffix, two = chosen
         plan = self.alternatives.base.copy()
         for partial, state in ((prefix, one), (suffix, two)):
-            for configuration in partial.choices_of(state):
-                plan[self.configurations.group[configuration]] = configuration
+            for alternative in partial.choices_of(state):
+                parts = self.alternatives.parts[alternative]
+                plan[self.configurations.group[parts]] = parts
         return self.configurations.columns_of(plan)

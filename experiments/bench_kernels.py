@@ -7,7 +7,7 @@
 Rows are written as they are measured, most telling first, until `--seconds` have passed. Kernels: `read` (the floor: a
 plain read of the same bytes), `cublas` (fp16), `decode`. Modes of `decode`: `cold` (weights from memory: the number
 that counts), `hot` (one weight again and again, from the second-level cache where it fits: what decoding alone would
-take), `start` (no rows at all: what a launch takes before it decodes). All are medians over replays of a CUDA graph.
+take), `start` (no rows at all: what a launch takes before it decodes), `without ...` (a part left out: what it costs). All are medians over replays of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.cuda.decode import kernel_arguments, new_workspace, ready
+from ..kernels.cuda.decode import kernel_arguments, new_workspace
 from ..kernels.cuda.jit import Kernel, Source, compile_cubin, device_arch, load
 from ..kernels.cuda.tuning import Tuning, device_limits
 from ..kernels.specs import QuantizerSpec, default_palette, match_labels
@@ -141,9 +141,9 @@ def time_case(pool: Pool, case: Case) -> tuple[tuple[float, float], int]:
     weights = pool.weights(case.spec, out_features, in_features, cold=case.mode != "hot")
     x = torch.randn(case.batch, in_features, device=pool.device).half()
     out = torch.empty(case.batch, out_features, device=pool.device, dtype=torch.float16)
-    launch, kernel = ready(
-        case.spec, out_features, in_features, case.batch, torch.float16, pool.device.index, case.tuning
-    )
+    launch = launch_of(case, device_limits(pool.device.index))
+    assert launch is not None  # those that do not fit were left out
+    kernel = load(launch.source, pool.device)
     workspace = new_workspace(launch.workspace_words, pool.device) if launch.workspace_words else None
     calls = []
     for weight in weights:

@@ -7,7 +7,8 @@
 Rows are written as they are measured, most telling first, until `--seconds` have passed. Kernels: `read` (the floor: a
 plain read of the same bytes), `cublas` (fp16), `decode`. Modes of `decode`: `cold` (weights from memory: the number
 that counts), `hot` (one weight again and again, from the second-level cache where it fits: what decoding alone would
-take), `start` (no rows at all: what a launch takes before it decodes), `without ...` (a part left out: what it costs). All are medians over replays of a CUDA graph.
+take), `start` (no rows at all: what a launch takes before it decodes), `without ...` (cold, a part of the kernel left
+out: what it costs). All are medians over replays of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -186,6 +187,19 @@ def summary(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def parts(rows: list[dict[str, object]]) -> str:
+    """The default tunings' times by mode: what each part of the kernel costs."""
+    times: dict[tuple[object, ...], dict[object, object]] = {}
+    for row in rows:
+        if row["kernel"] == "decode" and row["batch"] == 1 and not row["programmatic"]:
+            shapes = times.setdefault((row["family"], row["bits"], row["mode"]), {})
+            shapes.setdefault(row["shape"], row["median_us"])
+    lines = ["family    bits mode             " + "".join(f"{shape:>9}" for shape in SHAPES)]
+    for (family, bits, mode), shapes in times.items():
+        lines.append(f"{family!s:9} {bits!s:>4} {mode!s:16} " + "".join(f"{shapes.get(s, ''):>9}" for s in SHAPES))
+    return "\n".join(lines)
+
+
 def first_line(*command: str) -> str:
     """The first line that a program prints; "unknown" where it is missing or says nothing."""
     if shutil.which(command[0]) is None:
@@ -230,6 +244,7 @@ def measure(arguments: argparse.Namespace, planned: list[Case], bits: list[float
         table.add(
             "decode", case.spec, case.shape, case.batch, case.tuning, case.mode, case.programmatic, size_bytes, measured
         )
+    print(parts(table.rows))
     print(summary(table.rows))
     print(f"{len(table.rows)} rows in {arguments.out}, {time.perf_counter() - begun:.1f} s")
     return failures

@@ -69,29 +69,34 @@ def variants(spec: QuantizerSpec) -> Iterator[Tuning]:
             yield replace(division, replicas=replicas, signed=signed)
 
 
-def cases(specs: list[QuantizerSpec], swept: list[QuantizerSpec], limits: Limits) -> Iterator[Case]:
-    """What to measure, most telling first; tunings that do not fit are left out."""
+def default_cases(specs: list[QuantizerSpec], swept: list[QuantizerSpec], limits: Limits) -> Iterator[Case]:
+    """Chosen tunings: at batch 1, part by part, and at other batches."""
 
-    def best(spec: QuantizerSpec, shape: str, batch: int) -> list[Tuning]:
-        chosen = tune(spec, *SHAPES[shape], batch, torch.float16, limits)
-        return [] if chosen is None else [chosen]
+    def chosen(
+        spec: QuantizerSpec, shape: str, batch: int, mode: str = "cold", programmatic: bool = False
+    ) -> list[Case]:
+        tuning = tune(spec, *SHAPES[shape], batch, torch.float16, limits)
+        return [] if tuning is None else [Case(spec, shape, batch, tuning, mode, programmatic)]
 
     for spec, programmatic, shape in itertools.product(specs, (False, True), SHAPES):
-        for tuning in best(spec, shape, 1):
-            yield Case(spec, shape, 1, tuning, programmatic=programmatic)
+        yield from chosen(spec, shape, 1, programmatic=programmatic)
     modes = ("hot", "start", *(f"without {part}" for part in PARTS))
     for spec, mode, shape in itertools.product(swept, modes, SHAPES):
-        for tuning in best(spec, shape, 1):
-            yield Case(spec, shape, 1, tuning, mode)
+        yield from chosen(spec, shape, 1, mode)
     for spec, batch, shape in itertools.product(specs, (8, 16, 2, 4), SHAPES):
-        for tuning in best(spec, shape, batch):
-            if batch == 8 or spec in swept:
-                yield Case(spec, shape, batch, tuning)
+        if batch == 8 or spec in swept:
+            yield from chosen(spec, shape, batch)
+
+
+def cases(specs: list[QuantizerSpec], swept: list[QuantizerSpec], limits: Limits) -> Iterator[Case]:
+    """What to measure, most telling first; tunings that do not fit are to be left out."""
+    yield from default_cases(specs, swept, limits)
     for ranked in itertools.zip_longest(*(list(variants(spec)) for spec in swept)):
-        for (spec, tuning), shape in itertools.product(zip(swept, ranked, strict=True), SHAPES):
+        for (spec, tuning), shape, programmatic in itertools.product(
+            zip(swept, ranked, strict=True), SHAPES, (False, True)
+        ):
             if tuning is not None:
-                for programmatic in (False, True):
-                    yield Case(spec, shape, 1, tuning, programmatic=programmatic)
+                yield Case(spec, shape, 1, tuning, programmatic=programmatic)
     for spec, batch, shape, splits, warps in itertools.product(swept, (8, 16), SHAPES, (1, 2, 4), (16, 8, 12)):
         for replicas, signed in tables(spec)[: 2 if spec.has_trellis else 1]:
             yield Case(spec, shape, batch, Tuning(warps, splits=splits, replicas=replicas, signed=signed))

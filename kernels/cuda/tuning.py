@@ -170,7 +170,10 @@ def tune(
 ) -> Tuning | None:
     """The tuning that should be fastest; None where none fits."""
     start = Tuning(replicas=1 if spec.family is Family.INT and spec.bits > 4 else 32)
-    tables = [start, *(replace(start, replicas=r, signed=s) for r in (32, 16, 8, 4, 1) for s in (True, False))]
+    signs = (True, False) if spec.has_trellis else (True,)
+    tables = list(
+        dict.fromkeys([start, *(replace(start, replicas=r, signed=s) for r in (32, 16, 8, 4, 1) for s in signs)])
+    )
     best: tuple[float, Tuning] | None = None
     for splits, (rank, table), waves in itertools.product(range(1, 9), enumerate(tables), (1, 2, 4, 8)):
         tuning = replace(table, splits=splits, waves=waves)
@@ -186,6 +189,9 @@ def tune(
 _START_BYTES = 30_000
 """Bytes that a multiprocessor could read while a block prepares its table (1 µs on an H200)."""
 
+_TABLE_COST = 0.25
+"""Bytes that a multiprocessor could read while it writes one of the table."""
+
 _COMBINE_BYTES = 24_000
 """Bytes that a multiprocessor could read while blocks wait for one another's sums (0.8 µs on an H200)."""
 
@@ -196,4 +202,5 @@ def _cost(spec: QuantizerSpec, in_features: int, batch: int, launch: Launch, tun
     weights = launch.row_capacity * columns * spec.bits / 8
     tokens = batch * columns * 2
     waiting = _COMBINE_BYTES + (tuning.splits - 1) * launch.row_capacity * batch * 4 if tuning.splits > 1 else 0
-    return tuning.waves * (weights + 0.7 * tokens + _START_BYTES) + waiting
+    table = _TABLE_COST * table_macros(spec, tuning.replicas, tuning.signed)[1]
+    return tuning.waves * (weights + 0.7 * tokens + table + _START_BYTES) + waiting

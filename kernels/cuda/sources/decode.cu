@@ -26,6 +26,7 @@ using Low = Choose<WIDTH_LOW>::Decoder;
 constexpr int SEGMENTS = WIDTH_HIGH ? 2 : 1;
 constexpr int SEGMENT_WARPS = WARPS / SEGMENTS;
 constexpr int SECOND_WIDTH = WIDTH_HIGH ? WIDTH_HIGH : WIDTH_LOW;
+using High = Choose<SECOND_WIDTH>::Decoder;
 
 // Offsets in shared memory; after them come the slots of sums, the scales and biases of the block's rows, the tokens.
 constexpr int FACTOR_OFFSET = Low::TABLE_BYTES;
@@ -34,14 +35,16 @@ constexpr int SUMS_OFFSET = (FACTOR_OFFSET + (WARPS + 1) * TOKENS * 4 + 15) & ~1
 using Sums = float[TOKEN_TILES][4];
 using Fragments = Words4[TOKEN_TILES][2];  // of the tokens, for the 4 multiplications of a block
 
-__device__ __forceinline__ void load_fragments(Fragments& fragments, const u16* tokens, int token_stride, int batch) {
+// Those of block BLOCK of a unit; tokens: address of the unit's first column, at this lane's place.
+template <int BLOCK>
+__device__ __forceinline__ void load_fragments(Fragments& fragments, u32 tokens, int token_stride, int batch) {
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
         // Lanes of absent tokens keep what they have: it meets only sums that nobody reads.
         bool active = lane_index() < 4 * (batch - 8 * tile);
-        const u16* from = tokens + 8 * tile * token_stride;
-        load_shared_if(fragments[tile][0], from, active);
-        load_shared_if(fragments[tile][1], from + 8, active);
+        u32 from = tokens + 16 * tile * token_stride;
+        load_shared_if<BLOCK * 128>(fragments[tile][0], from, active);
+        load_shared_if<BLOCK * 128 + 16>(fragments[tile][1], from, active);
     }
 }
 
@@ -69,49 +72,74 @@ __device__ __forceinline__ void store_sums(float* to, const Sums& front, const S
     }
 }
 
-// Decodes a warp's share. Lookups run one block of tiles ahead of the multiplications, so neither waits for the other.
-// tokens: of the segment's first column, at this lane's place; slots: of the sums, the warp's for row 0 of the block.
+// A warp at work on its share. Lookups run one block of tiles ahead of the multiplications, so neither waits for the
+// other.
 template <typename Decoder, int WIDTH>
-__device__ __forceinline__ void multiply_share(
-    Stream<WIDTH>& stream, const Share& share, u32 table_lane, const u16* tokens, int token_stride, int batch,
-    float* slots) {
-    int left = share.end - share.begin;
-    if (left == 0) return;
-    int row = share.begin / share.row_units, column = share.begin - row * share.row_units;
-    int run = min(share.row_units - column, left);  // units up to the end of the row
-    const u16* at = tokens + column * UNIT_COLUMNS;
-    slots += row * TILE_SUMS;
-    Sums sums[2] = {};
-    Fragments fragments[2] = {};
-    u32 front[BLOCK_PAIRS], back[BLOCK_PAIRS];
-    Decoder::finish(stream.units[0]);
-    Decoder::template decode<0>(stream.units[0], table_lane, front);
-    while (true) {
+struct Worker {
+    Stream<WIDTH> stream;
+    u32 table_lane;
+    u32 row_tokens;  // address of those of the segment's first column, at this lane's place
+    int token_stride, batch;
+    float* slot;      // of the row's sums
+    int left, run;    // units of the share; of these, up to the end of the row
+    u32 tokens;
+    Sums sums[2];
+    Fragments fragments[2];
+    u32 front[BLOCK_PAIRS], back[BLOCK_PAIRS];  // weights of a unit's blocks
+
+    // slots: of the sums, the warp's for row 0 of the block.
+    __device__ __forceinline__ void multiply_share(const Share& share, float* slots) {
+        left = share.end - share.begin;
+        if (left == 0) return;
+        int row = share.begin / share.row_units, column = share.begin - row * share.row_units;
+        run = min(share.row_units - column, left);
+        tokens = row_tokens + column * UNIT_COLUMNS * 2;
+        slot = slots + row * TILE_SUMS;
+        clear();
+        Decoder::finish(stream.units[0]);
+        Decoder::template decode<0>(stream.units[0], table_lane, front);
+        while (!steps<0>()) {}
+    }
+
+    __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int slot = 0; slot < DEPTH; ++slot) {
-            Unit<WIDTH>&unit = stream.units[slot], &following = stream.units[(slot + 1) % DEPTH];
-            load_fragments(fragments[0], at, token_stride, batch);
-            Decoder::template decode<1>(unit, table_lane, back);
-            stream.fetch(slot);
-            multiply_block(sums[0], front, fragments[0]);
-            load_fragments(fragments[1], at + 64, token_stride, batch);
-            Decoder::finish(following);
-            Decoder::template decode<0>(following, table_lane, front);
-            multiply_block(sums[1], back, fragments[1]);
-            at += UNIT_COLUMNS;
-            --left;
-            if (--run == 0) {
-                store_sums(slots, sums[0], sums[1]);
-                if (left == 0) return;
-                run = min(share.row_units, left);
-                at = tokens;
-                slots += TILE_SUMS;
-#pragma unroll
-                for (int i = 0; i < TOKEN_TILES * 4; ++i) sums[0][i / 4][i % 4] = sums[1][i / 4][i % 4] = 0;
-            }
+        for (int i = 0; i < TOKEN_TILES * 4; ++i) sums[0][i / 4][i % 4] = sums[1][i / 4][i % 4] = 0;
+    }
+
+    // One unit from each place in the stream; whether the share is done.
+    template <int PLACE>
+    __device__ __forceinline__ bool steps() {
+        if constexpr (PLACE < DEPTH) {
+            return step<PLACE>() || steps<PLACE + 1>();
+        } else {
+            return false;
         }
     }
-}
+
+    template <int PLACE>
+    __device__ __forceinline__ bool step() {
+        Unit<WIDTH>&unit = stream.units[PLACE], &following = stream.units[(PLACE + 1) % DEPTH];
+        load_fragments<0>(fragments[0], tokens, token_stride, batch);
+        Decoder::template decode<1>(unit, table_lane, back);
+        stream.fetch(PLACE);
+        multiply_block(sums[0], front, fragments[0]);
+        load_fragments<1>(fragments[1], tokens, token_stride, batch);
+        Decoder::finish(following);
+        Decoder::template decode<0>(following, table_lane, front);
+        multiply_block(sums[1], back, fragments[1]);
+        tokens += UNIT_COLUMNS * 2;
+        --left;
+        if (--run == 0) {
+            store_sums(slot, sums[0], sums[1]);
+            if (left == 0) return true;
+            run = min(stream.row_units, left);
+            tokens = row_tokens;
+            slot += TILE_SUMS;
+            clear();
+        }
+        return false;
+    }
+};
 
 // Where a block's results go, and what they are multiplied with (all but `y` and `workspace` in shared memory).
 struct Output {
@@ -123,18 +151,24 @@ struct Output {
     int row_tiles, batch;
 };
 
-// Units of `row_units` a row and `tiles` rows that worker `index` of `workers` takes; no worker is left without while
-// another has more than one.
-__device__ __forceinline__ Share share_of(int index, int workers, int row_units, int tiles) {
+// Chunk `chunk` of a segment's units.
+__device__ __forceinline__ Segment segment_of(int units, int chunk, int column, int columns) {
+    return Segment{units * chunk / SPLITS, units * (chunk + 1) / SPLITS, column, columns};
+}
+
+// What warp `index` of a segment's takes of `tiles` rows: even parts, or one unit each of the first where there are few.
+__device__ __forceinline__ Share share_of(int index, int row_units, int tiles) {
     int units = row_units * tiles;
-    return Share{units * index / workers, units * (index + 1) / workers, row_units};
+    row_units = max(row_units, 1);  // what an empty chunk is divided by
+    if (units < SEGMENT_WARPS) return Share{min(index, units), min(index + 1, units), row_units};
+    return Share{units * index / SEGMENT_WARPS, units * (index + 1) / SEGMENT_WARPS, row_units};
 }
 
 // The sum of what a segment's warps left of row of tiles `tile`, at `offset` of its sums.
 __device__ __forceinline__ float add_slots(const float* slots, int row_units, int tiles, int tile, int offset) {
     int units = row_units * tiles, workers = min(SEGMENT_WARPS, units);
     if (units == 0) return 0;
-    // Warp w begins at units * w / workers: the last that begins at or before a unit holds it.
+    // Warp w begins at units * w / workers (share_of): the last that begins at or before a unit holds it.
     int first = ((tile * row_units + 1) * workers - 1) / units, last = ((tile + 1) * row_units * workers - 1) / units;
     float sum = 0;
 #pragma unroll 4
@@ -193,17 +227,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     check_shared_base(shared);
     allow_next_kernel();
 
-    int chunk_blocks = gridDim.x / SPLITS, chunk = blockIdx.x / chunk_blocks, block = blockIdx.x % chunk_blocks;
-    int first_tile = row_tiles * block / chunk_blocks;
-    int tiles = row_tiles * (block + 1) / chunk_blocks - first_tile;
+    // One division comes before the first fetch: the first blocks take one row of tiles more than the others.
+    u32 chunk_blocks = gridDim.x / SPLITS, chunk = SPLITS == 1 ? 0 : blockIdx.x / chunk_blocks;
+    u32 block = blockIdx.x - chunk * chunk_blocks;
+    u32 least = static_cast<u32>(row_tiles) / chunk_blocks, longer_blocks = row_tiles - least * chunk_blocks;
+    int first_tile = block * least + min(block, longer_blocks), tiles = least + (block < longer_blocks);
     int warp = shuffle(threadIdx.x / 32, 0);  // so that the compiler sees that a warp's lanes agree
-    Segment low{units_low * chunk / SPLITS, units_low * (chunk + 1) / SPLITS, 0, columns_low};
-    Segment high{units_high * chunk / SPLITS, units_high * (chunk + 1) / SPLITS, columns_low, columns_high};
+    Segment low = segment_of(units_low, chunk, 0, columns_low);
+    Segment high = segment_of(units_high, chunk, columns_low, columns_high);
 
     bool is_low = SEGMENTS == 1 || warp < SEGMENT_WARPS;
     int worker = is_low ? warp : warp - SEGMENT_WARPS, row_units = is_low ? low.units() : high.units();
-    int workers = min(SEGMENT_WARPS, row_units * tiles);
-    Share share = worker < workers ? share_of(worker, workers, row_units, tiles) : Share{0, 0, 1};
+    Share share = share_of(worker, row_units, tiles);
 
     float* slots = reinterpret_cast<float*>(shared + SUMS_OFFSET);
     float* factors = reinterpret_cast<float*>(shared + FACTOR_OFFSET);
@@ -232,21 +267,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     };
 
     // The first weights are asked for before anything else.
-    const u16* my_tokens = tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 16;
+    u32 my_tokens = shared_address(tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 16);
     u64 tiles_before = first_tile;
     if (is_low) {
-        Stream<WIDTH_LOW> stream;
-        stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share);
+        Worker<Low, WIDTH_LOW> work{{}, Low::lane_offset(), my_tokens, token_stride, batch};
+        const u8* packed = packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES;
+        work.stream.begin(packed, units_low, low.first, share);
         prepare_block();
-        multiply_share<Low, WIDTH_LOW>(
-            stream, share, Low::lane_offset(), my_tokens, token_stride, batch, slots + worker * TILE_SUMS);
+        work.multiply_share(share, slots + worker * TILE_SUMS);
     } else if constexpr (SEGMENTS == 2) {
-        Stream<SECOND_WIDTH> stream;
-        stream.begin(packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share);
+        u32 high_tokens = my_tokens + low.units() * UNIT_COLUMNS * 2;
+        Worker<High, SECOND_WIDTH> work{{}, Low::lane_offset(), high_tokens, token_stride, batch};
+        const u8* packed = packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES;
+        work.stream.begin(packed, units_high, high.first, share);
         prepare_block();
-        multiply_share<Choose<SECOND_WIDTH>::Decoder, SECOND_WIDTH>(
-            stream, share, Low::lane_offset(), my_tokens + low.units() * UNIT_COLUMNS, token_stride, batch,
-            slots + (tiles + SEGMENT_WARPS + worker) * TILE_SUMS);
+        work.multiply_share(share, slots + (tiles + SEGMENT_WARPS + worker) * TILE_SUMS);
     }
     copy_wait();
     block_sync();

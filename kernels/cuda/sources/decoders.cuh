@@ -74,7 +74,7 @@ __device__ __forceinline__ u32 window(const u32 (&words)[N], int position, int c
 template <int ENTRIES, int COPIES, int THREADS, typename Value>
 __device__ __forceinline__ void fill_table(u8* table, Value value) {
     constexpr int STORE_WORDS = COPIES < 4 ? 1 : 4;
-#pragma unroll 8
+#pragma unroll 16
     for (int store = threadIdx.x; store < ENTRIES * COPIES / STORE_WORDS; store += THREADS) {
         u32 entry = value(store * STORE_WORDS / COPIES);
         if constexpr (STORE_WORDS == 4) {

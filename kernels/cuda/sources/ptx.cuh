@@ -54,12 +54,13 @@ __device__ __forceinline__ u32 lookup(u32 offset) {
     return word;
 }
 
-// Words of shared memory, where `active`; elsewhere the old contents stay.
-__device__ __forceinline__ void load_shared_if(Words4& words, const void* pointer, bool active) {
+// Words of shared memory BYTES after an address, where `active`; elsewhere the old contents stay.
+template <int BYTES>
+__device__ __forceinline__ void load_shared_if(Words4& words, u32 address, bool active) {
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %6]; }"
         : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
-        : "r"(shared_address(pointer)), "r"(static_cast<u32>(active)));
+        : "r"(address), "r"(static_cast<u32>(active)), "n"(BYTES));
 }
 
 // Words of global memory that are read once, where `active`; elsewhere the old contents stay.

@@ -24,10 +24,13 @@ struct Stream {
     __device__ __forceinline__ void begin(const u8* packed, int stride_units, int first, const Share& share) {
         row_units = share.row_units;
         left = share.end - share.begin;
-        int row = left > 0 ? share.begin / row_units : 0, column = share.begin - row * row_units;
-        row_left = row_units - column;
-        jump = (stride_units - row_units) * Unit<WIDTH>::BYTES;
-        next = packed + (static_cast<u64>(row) * stride_units + first + column) * Unit<WIDTH>::BYTES;
+        next = packed + static_cast<u64>(share.begin) * Unit<WIDTH>::BYTES;
+        if constexpr (SPLITS > 1) {
+            int row = share.begin / row_units;
+            row_left = (row + 1) * row_units - share.begin;
+            jump = (stride_units - row_units) * Unit<WIDTH>::BYTES;
+            next += first * Unit<WIDTH>::BYTES + static_cast<u64>(row) * jump;
+        }
 #pragma unroll
         for (int slot = 0; slot < DEPTH; ++slot) fetch(slot);
     }

@@ -91,8 +91,10 @@ template <class Words>
 inline void load_once_if(Words& words, const void* pointer, bool active) {
     if (active) std::memcpy(&words, pointer, sizeof words);
 }
-inline void load_shared_if(Words4& words, const void* pointer, bool active) {
-    if (active) std::memcpy(&words, pointer, sizeof words);
+inline u32 shared_address(const void* pointer) { return (u32)((const u8*)pointer - dynamic_shared); }
+template <int BYTES>
+inline void load_shared_if(Words4& words, u32 address, bool active) {
+    if (active) std::memcpy(&words, dynamic_shared + address + BYTES, sizeof words);
 }
 inline u32 load_global(const u32* pointer) { return *pointer; }
 inline void store_global(u32* pointer, u32 value) { *pointer = value; }

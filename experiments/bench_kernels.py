@@ -257,6 +257,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="compile everything for an H200, run nothing")
     parser.add_argument("--seconds", type=float, default=900.0, help="start no more cases after this long")
     parser.add_argument("--quantizers", default="", help="globs of the labels to time, such as 'tcq-*,nuq-3'")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of them, those to time")
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
     parser.add_argument("--commit", help="to be recorded; git's by default")
@@ -266,7 +267,10 @@ def main() -> None:
     specs = [palette[label] for label in match_labels(list(palette), wanted)]
     swept = [spec for spec in specs if spec.label in _SWEPT]
     limits = H200 if arguments.dry else device_limits(torch.cuda.current_device())
-    planned = [case for case in dict.fromkeys(cases(specs, swept, limits)) if launch_of(case, limits)]
+    shapes = arguments.shapes.split(",")
+    planned = [
+        case for case in dict.fromkeys(cases(specs, swept, limits)) if case.shape in shapes and launch_of(case, limits)
+    ]
     print(f"{len(planned)} cases of {len(specs)} quantizers", flush=True)
     sources = [source for source, _ in READS] + [
         launch.source for case in planned if (launch := launch_of(case, limits))

@@ -35,6 +35,7 @@ DIVISIONS = [
     Tuning(16, depth=4),
     Tuning(16, resident=2),
     Tuning(12),
+    Tuning(16, depth=5),
     Tuning(8, depth=4),
     Tuning(8, depth=6),
     Tuning(8, depth=4, resident=2),

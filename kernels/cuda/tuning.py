@@ -18,9 +18,11 @@ _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.H
 _LARGEST_PAIR_TABLE = {Family.INT: 4, Family.NUQ: 5}
 """Bits up to which pairs of weights are looked up; above, `nuq` looks up single weights and `int` calculates."""
 
-_WORDS_AHEAD = 18
-"""Words of packed weights that a lane has under way: with 16 warps 36 KB a multiprocessor, what it takes to keep an
-H200's memory busy."""
+_WORDS_AHEAD = 16
+"""Words of packed weights that a lane has under way while it decodes a unit: with 16 warps 32 KB a multiprocessor, what
+it takes to keep an H200's memory busy."""
+_DEEPEST = 5
+"""Units in registers at most: the loop is unrolled as often."""
 
 _RESERVED_BYTES = 1024
 """Shared memory that the system takes of every block's."""
@@ -34,7 +36,7 @@ class Tuning:
         warps: warps of a block.
         blocks: blocks of a launch for each multiprocessor.
         resident: blocks for which a multiprocessor has registers; more than `blocks` lets the next launch start early.
-        depth: units (16 rows x 128 columns) that a warp has in registers or on their way; 0 for about 16 words a lane.
+        depth: units (16 rows x 128 columns) that a warp has in registers or on their way; 0 for 16 words a lane ahead.
         splits: chunks of the input dimension that different blocks take.
         replicas: copies of the table in shared memory; 32 make every lookup free of conflicts.
         signed: for trellis codes, a table of both signs: twice as large, one instruction less a pair.
@@ -122,7 +124,7 @@ def launch_for(
     macros |= {
         "WIDTH_LOW": widths[0],
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
-        "DEPTH": tuning.depth or max(2, round(_WORDS_AHEAD / max(widths))),
+        "DEPTH": tuning.depth or min(_DEEPEST, 1 - -_WORDS_AHEAD // max(widths)),
         "WARPS": tuning.warps,
         "RESIDENT": max(tuning.blocks, tuning.resident),
         "TOKENS": tokens,

@@ -7,7 +7,8 @@
 Rows are written as they are measured, most telling first, until `--seconds` have passed. Kernels: `read` (the floor: a
 plain read of the same bytes), `cublas` (fp16), `decode`. Modes of `decode`: `cold` (weights from memory: the number
 that counts), `hot` (one weight again and again, from the second-level cache where it fits: what decoding alone would
-take), `start` (no rows at all: what a launch takes before it decodes). All are medians over replays of a CUDA graph.
+take), `start` (no rows at all: what a launch takes before it decodes), `without ...` (cold, a part of the kernel left
+out: what it costs). All are medians over replays of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.cuda.decode import kernel_arguments, new_workspace, ready
+from ..kernels.cuda.decode import kernel_arguments, new_workspace
 from ..kernels.cuda.jit import Kernel, Source, compile_cubin, device_arch, load
 from ..kernels.cuda.tuning import Tuning, device_limits
 from ..kernels.specs import QuantizerSpec, default_palette, match_labels
@@ -141,9 +142,9 @@ def time_case(pool: Pool, case: Case) -> tuple[tuple[float, float], int]:
     weights = pool.weights(case.spec, out_features, in_features, cold=case.mode != "hot")
     x = torch.randn(case.batch, in_features, device=pool.device).half()
     out = torch.empty(case.batch, out_features, device=pool.device, dtype=torch.float16)
-    launch, kernel = ready(
-        case.spec, out_features, in_features, case.batch, torch.float16, pool.device.index, case.tuning
-    )
+    launch = launch_of(case, device_limits(pool.device.index))
+    assert launch is not None  # those that do not fit were left out
+    kernel = load(launch.source, pool.device)
     workspace = new_workspace(launch.workspace_words, pool.device) if launch.workspace_words else None
     calls = []
     for weight in weights:
@@ -183,6 +184,19 @@ def summary(rows: list[dict[str, object]]) -> str:
             + "".join(f"{times[shape]:9.2f}" for shape in SHAPES)
             + f"{total:9.2f}{ratio}"
         )
+    return "\n".join(lines)
+
+
+def parts(rows: list[dict[str, object]]) -> str:
+    """The default tunings' times by mode: what each part of the kernel costs."""
+    times: dict[tuple[object, ...], dict[object, object]] = {}
+    for row in rows:
+        if row["kernel"] == "decode" and row["batch"] == 1 and not row["programmatic"]:
+            shapes = times.setdefault((row["family"], row["bits"], row["mode"]), {})
+            shapes.setdefault(row["shape"], row["median_us"])
+    lines = ["family    bits mode             " + "".join(f"{shape:>9}" for shape in SHAPES)]
+    for (family, bits, mode), shapes in times.items():
+        lines.append(f"{family!s:9} {bits!s:>4} {mode!s:16} " + "".join(f"{shapes.get(s, ''):>9}" for s in SHAPES))
     return "\n".join(lines)
 
 
@@ -230,6 +244,7 @@ def measure(arguments: argparse.Namespace, planned: list[Case], bits: list[float
         table.add(
             "decode", case.spec, case.shape, case.batch, case.tuning, case.mode, case.programmatic, size_bytes, measured
         )
+    print(parts(table.rows))
     print(summary(table.rows))
     print(f"{len(table.rows)} rows in {arguments.out}, {time.perf_counter() - begun:.1f} s")
     return failures
@@ -242,6 +257,7 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="compile everything for an H200, run nothing")
     parser.add_argument("--seconds", type=float, default=900.0, help="start no more cases after this long")
     parser.add_argument("--quantizers", default="", help="globs of the labels to time, such as 'tcq-*,nuq-3'")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="of them, those to time")
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
     parser.add_argument("--commit", help="to be recorded; git's by default")
@@ -251,7 +267,10 @@ def main() -> None:
     specs = [palette[label] for label in match_labels(list(palette), wanted)]
     swept = [spec for spec in specs if spec.label in _SWEPT]
     limits = H200 if arguments.dry else device_limits(torch.cuda.current_device())
-    planned = [case for case in dict.fromkeys(cases(specs, swept, limits)) if launch_of(case, limits)]
+    shapes = arguments.shapes.split(",")
+    planned = [
+        case for case in dict.fromkeys(cases(specs, swept, limits)) if case.shape in shapes and launch_of(case, limits)
+    ]
     print(f"{len(planned)} cases of {len(specs)} quantizers", flush=True)
     sources = [source for source, _ in READS] + [
         launch.source for case in planned if (launch := launch_of(case, limits))

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +31,7 @@ from ..kernels.cuda.jit import compile_cubin
 from ..kernels.cuda.tuning import Limits, launch_for, tune
 from ..kernels.specs import QuantizerSpec, default_palette
 
-_LIMITS = Limits(132, 227 << 10, bulk=True)
+_LIMITS = Limits(132, 227 << 10)
 _PAIRS_PER_MULTIPLICATION = 4  # of a lane
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);")
 _LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
@@ -89,7 +88,7 @@ def count(spec: QuantizerSpec, arch: str, nvdisasm: str) -> dict[str, object]:
     shape = (spec, 4096, 4096, 1, torch.float16, _LIMITS)
     tuning = tune(*shape)
     assert tuning is not None
-    launch = launch_for(*shape, replace(tuning, bulk=tuning.bulk and arch >= "sm_90"))
+    launch = launch_for(*shape, tuning)
     assert launch is not None
     code = compile_cubin(launch.source, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -89,9 +89,9 @@ def check_product(
 
 CHECK_TUNINGS = [
     None,
-    Tuning(8, stages=3, bulk=False, splits=2, row_tiles=1),
-    Tuning(8, stages=4, stage_units=2, splits=3, signed=False),
-    Tuning(16, stages=2, stage_units=1, row_tiles=4, replicas=16),
+    Tuning(8, depth=4, splits=2),
+    Tuning(4, depth=2, splits=3, signed=False, resident=2),
+    Tuning(16, depth=3, replicas=16, waves=2),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -17,6 +18,12 @@ _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.H
 _LARGEST_PAIR_TABLE = {Family.INT: 4, Family.NUQ: 5}
 """Bits up to which pairs of weights are looked up; above, `nuq` looks up single weights and `int` calculates."""
 
+_WORDS_AHEAD = 16
+"""Words of packed weights that a lane has under way while it decodes a unit: with 16 warps 32 KB a multiprocessor, what
+it takes to keep an H200's memory busy."""
+_DEEPEST = 5
+"""Units in registers at most: the loop is unrolled as often."""
+
 _RESERVED_BYTES = 1024
 """Shared memory that the system takes of every block's."""
 
@@ -29,25 +36,21 @@ class Tuning:
         warps: warps of a block.
         blocks: blocks of a launch for each multiprocessor.
         resident: blocks for which a multiprocessor has registers; more than `blocks` lets the next launch start early.
-        stages: depth of each warp's ring of packed weights.
-        stage_units: units (128 columns) a stage holds of each row of tiles.
-        row_tiles: rows of tiles that a warp decodes side by side, sharing the loads of tokens.
+        depth: units (16 rows x 128 columns) that a warp has in registers or on their way; 0 for 16 words a lane ahead.
         splits: chunks of the input dimension that different blocks take.
         replicas: copies of the table in shared memory; 32 make every lookup free of conflicts.
         signed: for trellis codes, a table of both signs: twice as large, one instruction less a pair.
-        bulk: fetch with the copy engine (sm_90 and newer) rather than ``cp.async``.
+        waves: launches with more rows than shared memory has room for take several blocks one after another.
     """
 
     warps: int = 16
     blocks: int = 1
     resident: int = 1
-    stages: int = 2
-    stage_units: int = 1
-    row_tiles: int = 2
+    depth: int = 0
     splits: int = 1
     replicas: int = 32
     signed: bool = True
-    bulk: bool = True
+    waves: int = 1
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,10 @@ class Limits:
     Attributes:
         multiprocessors: how many it has.
         shared_bytes: dynamic shared memory that a block may have.
-        bulk: whether it has the copy engine and programmatic dependent launch.
     """
 
     multiprocessors: int
     shared_bytes: int
-    bulk: bool
 
 
 @dataclass(frozen=True)
@@ -119,35 +120,27 @@ def launch_for(
     widths = [pair_width(rate) for rate in spec.rates]
     units = [-(-tiles * TILE // UNIT_COLUMNS) for tiles in spec.segment_tiles(in_features)]
     macros, table_bytes = table_macros(spec, tuning.replicas, tuning.signed)
-    token_stride = 16 if tokens == 1 else 20
-    sum_buffers = 2 if tokens < 8 else 1
-    round_tiles = max(tuning.row_tiles, 8 // tokens)
-    round_tiles -= round_tiles % tuning.row_tiles
+    tile_sums = tokens * (16 if tokens == 1 else 20)
     macros |= {
         "WIDTH_LOW": widths[0],
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
-        "BULK": tuning.bulk,
-        "STAGES": tuning.stages,
-        "STAGE_UNITS": tuning.stage_units,
-        "ROW_TILES": tuning.row_tiles,
+        "DEPTH": tuning.depth or min(_DEEPEST, 1 - -_WORDS_AHEAD // max(widths)),
         "WARPS": tuning.warps,
         "RESIDENT": max(tuning.blocks, tuning.resident),
         "TOKENS": tokens,
         "BFLOAT": FORMATS[dtype],
         "SPLITS": tuning.splits,
-        "ROUND_TILES": round_tiles,
-        "SUM_BUFFERS": sum_buffers,
     }
-    chunk_blocks = min(limits.multiprocessors * tuning.blocks // tuning.splits, row_tiles)
-    if not chunk_blocks or (tuning.bulk and not limits.bulk):
+    chunk_blocks = min(limits.multiprocessors * tuning.blocks * tuning.waves // tuning.splits, row_tiles)
+    if not chunk_blocks:
         return None
-    row_capacity = -(-row_tiles // chunk_blocks) * TILE
+    block_tiles = -(-row_tiles // chunk_blocks)
+    row_capacity = block_tiles * TILE
     columns = sum(-(-count // tuning.splits) for count in units) * UNIT_COLUMNS
-    ring = tuning.stages * tuning.stage_units * tuning.row_tiles * 128 * max(widths)
-    sums = sum_buffers * round_tiles * tokens * token_stride * 4
-    fixed = table_bytes + tuning.warps * (ring + sums + tuning.stages * 8) + (tuning.warps + 1) * tokens * 4
-    rows = spec.table_bytes + -spec.table_bytes % 16 + 2 * 2 * row_capacity
-    shared = fixed + -fixed % 16 + rows + batch * 2 * (columns + 8)
+    factors = (tuning.warps + 1) * tokens * 4
+    slots = len(widths) * block_tiles + tuning.warps
+    shared = table_bytes + factors + -factors % 16 + slots * tile_sums * 4
+    shared += 2 * 2 * row_capacity + batch * 2 * (columns + 8)
     if shared > (limits.shared_bytes + _RESERVED_BYTES) // tuning.blocks - _RESERVED_BYTES:
         return None
     return Launch(
@@ -170,7 +163,7 @@ def device_limits(index: int) -> Limits:
     status, shared_bytes = driver.cuDeviceGetAttribute(wanted, index)
     if int(status) != 0:
         raise KernelError(f"cuda:{index} doesn't tell its shared memory: {status}.")
-    return Limits(found.multi_processor_count, int(shared_bytes), found.major >= 9)
+    return Limits(found.multi_processor_count, int(shared_bytes))
 
 
 @cache
@@ -178,33 +171,38 @@ def tune(
     spec: QuantizerSpec, out_features: int, in_features: int, batch: int, dtype: torch.dtype, limits: Limits
 ) -> Tuning | None:
     """The tuning that should be fastest; None where none fits."""
-    start = Tuning(bulk=limits.bulk, replicas=1 if spec.family is Family.INT and spec.bits > 4 else 32)
-    tables = [start, *(replace(start, replicas=r, signed=s) for r in (32, 16, 8, 4, 1) for s in (True, False))]
+    start = Tuning(replicas=1 if spec.family is Family.INT and spec.bits > 4 else 32)
+    signs = (True, False) if spec.has_trellis else (True,)
+    tables = list(
+        dict.fromkeys([start, *(replace(start, replicas=r, signed=s) for r in (32, 16, 8, 4, 1) for s in signs)])
+    )
     best: tuple[float, Tuning] | None = None
-    for splits in range(1, 9):
-        for rank, table in enumerate(tables):
-            for row_tiles in (2, 1):
-                tuning = replace(table, splits=splits, row_tiles=row_tiles)
-                launch = launch_for(spec, out_features, in_features, batch, dtype, limits, tuning)
-                if launch is None:
-                    continue
-                cost = _cost(spec, out_features, in_features, batch, launch, tuning) * (1 + 0.05 * rank)
-                cost *= 1.0 if row_tiles == 2 else 1.05
-                if best is None or cost < best[0]:
-                    best = cost, tuning
+    for splits, (rank, table), waves in itertools.product(range(1, 9), enumerate(tables), (1, 2, 4, 8)):
+        tuning = replace(table, splits=splits, waves=waves)
+        launch = launch_for(spec, out_features, in_features, batch, dtype, limits, tuning)
+        if launch is None:
+            continue
+        cost = _cost(spec, in_features, batch, launch, tuning) * (1 + 0.05 * rank)
+        if best is None or cost < best[0]:
+            best = cost, tuning
     return None if best is None else best[1]
 
+
+_START_BYTES = 30_000
+"""Bytes that a multiprocessor could read while a block prepares its table (1 µs on an H200)."""
+
+_TABLE_COST = 0.25
+"""Bytes that a multiprocessor could read while it writes one of the table."""
 
 _COMBINE_BYTES = 24_000
 """Bytes that a multiprocessor could read while blocks wait for one another's sums (0.8 µs on an H200)."""
 
 
-def _cost(
-    spec: QuantizerSpec, out_features: int, in_features: int, batch: int, launch: Launch, tuning: Tuning
-) -> float:
+def _cost(spec: QuantizerSpec, in_features: int, batch: int, launch: Launch, tuning: Tuning) -> float:
     """Bytes that the busiest multiprocessor has to read, waiting included: a stand-in for time."""
     columns = -(-in_features // tuning.splits)
     weights = launch.row_capacity * columns * spec.bits / 8
     tokens = batch * columns * 2
     waiting = _COMBINE_BYTES + (tuning.splits - 1) * launch.row_capacity * batch * 4 if tuning.splits > 1 else 0
-    return weights + 0.7 * tokens + waiting
+    table = _TABLE_COST * table_macros(spec, tuning.replicas, tuning.signed)[1]
+    return tuning.waves * (weights + 0.7 * tokens + table + _START_BYTES) + waiting

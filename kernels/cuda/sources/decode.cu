@@ -1,18 +1,17 @@
 // y = x W^T for up to 16 tokens and a packed W: decoded on the fly into the A operand of mma.m16n8k16.
 //
 // A block takes one of SPLITS chunks of the input dimension (the grid is a multiple of SPLITS) and a range of rows of
-// tiles. Its warps share the chunk's units: each walks down the block's rows in columns of its own and waits for no
-// other, except to add up. Their sums meet in shared memory every ROUND_TILES rows of tiles, in the order of the warps.
-// With several chunks, the block of the last one adds the others' sums in the order of the chunks; they pass through
-// `workspace`, whose words are EMPTY before and after every launch, so that a sum's arrival needs no flag. That block
-// has the highest index, so those it waits for are running or done. Every sum has a fixed order: results repeat.
+// tiles. Its warps share the units of that range evenly (stream.cuh) and meet only at the end: a warp leaves the sums of
+// each row of tiles it touched in a slot of shared memory, and these are added up in the order of the warps. With several
+// chunks, the block of the last one adds the others' sums in the order of the chunks; they pass through `workspace`,
+// whose words are EMPTY before and after every launch, so that a sum's arrival needs no flag. That block has the highest
+// index, so those it waits for are running or done. Every sum has a fixed order: results repeat.
 //
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns: half of the warps work on each.
 //
 // Macros: FAMILY, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
-// BULK, STAGES, STAGE_UNITS, ROW_TILES (stream.cuh), WARPS, RESIDENT (blocks for which a multiprocessor must
-// have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT, SPLITS, ROUND_TILES (a multiple of ROW_TILES), SUM_BUFFERS (1, 2).
-#include "decoders.cuh"
+// DEPTH, SPLITS (stream.cuh), WARPS, RESIDENT (blocks for which a multiprocessor must have registers), TOKENS (1, 2, 4, 8
+// or 16), BFLOAT.
 #include "stream.cuh"
 #include "tokens.cuh"
 
@@ -24,91 +23,123 @@ constexpr u32 EMPTY = 0xFFFFFFFF;  // a NaN that no sum has
 constexpr int MOST_POLLS = 1 << 23;  // seconds: the workspace must have been shared or spoilt
 
 using Low = Choose<WIDTH_LOW>::Decoder;
-constexpr int LOW_WARPS = WIDTH_HIGH ? WARPS / 2 : WARPS;
-constexpr int WIDEST = WIDTH_HIGH > WIDTH_LOW ? WIDTH_HIGH : WIDTH_LOW;
+constexpr int SEGMENTS = WIDTH_HIGH ? 2 : 1;
+constexpr int SEGMENT_WARPS = WARPS / SEGMENTS;
 constexpr int SECOND_WIDTH = WIDTH_HIGH ? WIDTH_HIGH : WIDTH_LOW;
-constexpr int RING_BYTES = STAGES * STAGE_UNITS * ROW_TILES * Unit<WIDEST>::BYTES;
-using Ring = Stream<Unit<WIDEST>::BYTES>;
+using High = Choose<SECOND_WIDTH>::Decoder;
 
-// Offsets in shared memory; after them come the scales and biases of the block's rows, then the tokens.
-constexpr int RING_OFFSET = Low::TABLE_BYTES;
-constexpr int SUMS_OFFSET = RING_OFFSET + WARPS * RING_BYTES;
-constexpr int ROUND_SUMS = WARPS * ROUND_TILES * TILE_SUMS;
-constexpr int BARRIER_OFFSET = SUMS_OFFSET + SUM_BUFFERS * ROUND_SUMS * 4;
-constexpr int FACTOR_OFFSET = BARRIER_OFFSET + WARPS * STAGES * 8;
-constexpr int CODEBOOK_OFFSET = (FACTOR_OFFSET + (WARPS + 1) * TOKENS * 4 + 15) & ~15;
-constexpr int ROWS_OFFSET = CODEBOOK_OFFSET + ((Low::CODEBOOK_BYTES + 15) & ~15);
+// Offsets in shared memory; after them come the slots of sums, the scales and biases of the block's rows, the tokens.
+constexpr int FACTOR_OFFSET = Low::TABLE_BYTES;
+constexpr int SUMS_OFFSET = (FACTOR_OFFSET + (WARPS + 1) * TOKENS * 4 + 15) & ~15;
 
-using Sums = float[ROW_TILES][TOKEN_TILES][4];
+using Sums = float[TOKEN_TILES][4];
+using Fragments = Words4[TOKEN_TILES][2];  // of the tokens, for the 4 multiplications of a block
 
-// One unit of up to ROW_TILES rows: 2 blocks of 4 multiplications each.
-template <typename Decoder, int WIDTH, int BLOCK>
-__device__ __forceinline__ void multiply_block(
-    Sums& sums, const Unit<WIDTH> (&units)[ROW_TILES], int rows, u32 table_lane,
-    Words4 (&held)[TOKEN_TILES][2], const u16* tokens, int token_stride, int batch) {
+// Those of block BLOCK of a unit; tokens: address of the unit's first column, at this lane's place.
+template <int BLOCK>
+__device__ __forceinline__ void load_fragments(Fragments& fragments, u32 tokens, int token_stride, int batch) {
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
         // Lanes of absent tokens keep what they have: it meets only sums that nobody reads.
         bool active = lane_index() < 4 * (batch - 8 * tile);
-        const u16* from = tokens + 8 * tile * token_stride + BLOCK * 64;
-        load_shared_if(held[tile][0], from, active);
-        load_shared_if(held[tile][1], from + 8, active);
-    }
-#pragma unroll
-    for (int row = 0; row < ROW_TILES; ++row) {
-        if (row > 0 && row >= rows) continue;
-        u32 weights[BLOCK_PAIRS];
-        Decoder::template decode<BLOCK>(units[row], table_lane, weights);
-#pragma unroll
-        for (int tile = 0; tile < TOKEN_TILES; ++tile) {
-            const Words4 &front = held[tile][0], &back = held[tile][1];
-            multiply_add(sums[row][tile], weights, front.x, front.y);
-            multiply_add(sums[row][tile], weights + 4, front.z, front.w);
-            multiply_add(sums[row][tile], weights + 8, back.x, back.y);
-            multiply_add(sums[row][tile], weights + 12, back.z, back.w);
-        }
+        u32 from = tokens + 16 * tile * token_stride;
+        load_shared_if<BLOCK * 128>(fragments[tile][0], from, active);
+        load_shared_if<BLOCK * 128 + 16>(fragments[tile][1], from, active);
     }
 }
 
-// The warp's units of up to ROW_TILES rows of tiles.
-template <typename Decoder, int WIDTH>
-__device__ __forceinline__ void multiply_rows(
-    Sums& sums, Ring& stream, int rows, u32 table_lane,
-    Words4 (&held)[TOKEN_TILES][2], const u16* tokens, int token_stride, int batch) {
-    for (int left = stream.units; left > 0; left -= STAGE_UNITS) {
-        int count = min(STAGE_UNITS, left);
-        stream.wait();
-        for (int i = 0; i < count; ++i) {
-            Unit<WIDTH> units[ROW_TILES];
+__device__ __forceinline__ void multiply_block(
+    Sums& sums, const u32 (&weights)[BLOCK_PAIRS], const Fragments& fragments) {
 #pragma unroll
-            for (int row = 0; row < ROW_TILES; ++row) {
-                units[row].load(stream.at(row, i));
-                Decoder::finish(units[row]);
-            }
-            multiply_block<Decoder, WIDTH, 0>(
-                sums, units, rows, table_lane, held, tokens, token_stride, batch);
-            multiply_block<Decoder, WIDTH, 1>(
-                sums, units, rows, table_lane, held, tokens, token_stride, batch);
-            tokens += UNIT_COLUMNS;
-        }
-        stream.release();
+    for (int tile = 0; tile < TOKEN_TILES; ++tile) {
+        const Words4 &front = fragments[tile][0], &back = fragments[tile][1];
+        multiply_add(sums[tile], weights, front.x, front.y);
+        multiply_add(sums[tile], weights + 4, front.z, front.w);
+        multiply_add(sums[tile], weights + 8, back.x, back.y);
+        multiply_add(sums[tile], weights + 12, back.z, back.w);
     }
 }
 
-__device__ __forceinline__ void store_sums(float* to, const Sums& sums) {
+__device__ __forceinline__ void store_sums(float* to, const Sums& front, const Sums& back) {
     int row = lane_index() / 4, token = lane_index() % 4 * 2;
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; ++r) {
+    for (int tile = 0; tile < TOKEN_TILES; ++tile) {
 #pragma unroll
-        for (int tile = 0; tile < TOKEN_TILES; ++tile) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                int t = 8 * tile + token + i % 2;
-                if (t < TOKENS) to[r * TILE_SUMS + t * TOKEN_STRIDE + row + 8 * (i / 2)] = sums[r][tile][i];
-            }
+        for (int i = 0; i < 4; ++i) {
+            int t = 8 * tile + token + i % 2;
+            if (t < TOKENS) to[t * TOKEN_STRIDE + row + 8 * (i / 2)] = front[tile][i] + back[tile][i];
         }
     }
 }
+
+// A warp at work on its share. Lookups run one block of tiles ahead of the multiplications, so neither waits for the
+// other.
+template <typename Decoder, int WIDTH>
+struct Worker {
+    Stream<WIDTH> stream;
+    u32 table_lane;
+    u32 row_tokens;  // address of those of the segment's first column, at this lane's place
+    int token_stride, batch;
+    float* slot;      // of the row's sums
+    int left, run;    // units of the share; of these, up to the end of the row
+    u32 tokens;
+    Sums sums[2];
+    Fragments fragments[2];
+    u32 front[BLOCK_PAIRS], back[BLOCK_PAIRS];  // weights of a unit's blocks
+
+    // slots: of the sums, the warp's for row 0 of the block.
+    __device__ __forceinline__ void multiply_share(const Share& share, float* slots) {
+        left = share.end - share.begin;
+        if (left == 0) return;
+        int row = share.begin / share.row_units, column = share.begin - row * share.row_units;
+        run = min(share.row_units - column, left);
+        tokens = row_tokens + column * UNIT_COLUMNS * 2;
+        slot = slots + row * TILE_SUMS;
+        clear();
+        Decoder::finish(stream.units[0]);
+        Decoder::template decode<0>(stream.units[0], table_lane, front);
+        while (!steps<0>()) {}
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < TOKEN_TILES * 4; ++i) sums[0][i / 4][i % 4] = sums[1][i / 4][i % 4] = 0;
+    }
+
+    // One unit from each place in the stream; whether the share is done.
+    template <int PLACE>
+    __device__ __forceinline__ bool steps() {
+        if constexpr (PLACE < DEPTH) {
+            return step<PLACE>() || steps<PLACE + 1>();
+        } else {
+            return false;
+        }
+    }
+
+    template <int PLACE>
+    __device__ __forceinline__ bool step() {
+        Unit<WIDTH>&unit = stream.units[PLACE], &following = stream.units[(PLACE + 1) % DEPTH];
+        load_fragments<0>(fragments[0], tokens, token_stride, batch);
+        Decoder::template decode<1>(unit, table_lane, back);
+        stream.fetch(PLACE);
+        multiply_block(sums[0], front, fragments[0]);
+        load_fragments<1>(fragments[1], tokens, token_stride, batch);
+        Decoder::finish(following);
+        Decoder::template decode<0>(following, table_lane, front);
+        multiply_block(sums[1], back, fragments[1]);
+        tokens += UNIT_COLUMNS * 2;
+        --left;
+        if (--run == 0) {
+            store_sums(slot, sums[0], sums[1]);
+            if (left == 0) return true;
+            run = min(stream.row_units, left);
+            tokens = row_tokens;
+            slot += TILE_SUMS;
+            clear();
+        }
+        return false;
+    }
+};
 
 // Where a block's results go, and what they are multiplied with (all but `y` and `workspace` in shared memory).
 struct Output {
@@ -120,19 +151,44 @@ struct Output {
     int row_tiles, batch;
 };
 
-// Adds up a round of the warps' sums, rows of tiles `start .. start + tiles` of the block, and writes what is complete.
-__device__ __forceinline__ void finish_round(
-    const Output& to, const float* sums, int chunk, int first_tile, int start, int tiles) {
+// Chunk `chunk` of a segment's units.
+__device__ __forceinline__ Segment segment_of(int units, int chunk, int column, int columns) {
+    return Segment{units * chunk / SPLITS, units * (chunk + 1) / SPLITS, column, columns};
+}
+
+// What warp `index` of a segment's takes of `tiles` rows: even parts, or one unit each of the first where there are few.
+__device__ __forceinline__ Share share_of(int index, int row_units, int tiles) {
+    int units = row_units * tiles;
+    row_units = max(row_units, 1);  // what an empty chunk is divided by
+    if (units < SEGMENT_WARPS) return Share{min(index, units), min(index + 1, units), row_units};
+    return Share{units * index / SEGMENT_WARPS, units * (index + 1) / SEGMENT_WARPS, row_units};
+}
+
+// The sum of what a segment's warps left of row of tiles `tile`, at `offset` of its sums.
+__device__ __forceinline__ float add_slots(const float* slots, int row_units, int tiles, int tile, int offset) {
+    int units = row_units * tiles, workers = min(SEGMENT_WARPS, units);
+    if (units == 0) return 0;
+    // Warp w begins at units * w / workers (share_of): the last that begins at or before a unit holds it.
+    int first = ((tile * row_units + 1) * workers - 1) / units, last = ((tile + 1) * row_units * workers - 1) / units;
+    float sum = 0;
+#pragma unroll 4
+    for (int warp = first; warp <= last; ++warp) sum += slots[(tile + warp) * TILE_SUMS + offset];
+    return sum;
+}
+
+// Adds up the warps' sums and writes what is complete.
+__device__ __forceinline__ void finish_rows(
+    const Output& to, const float* slots, int low_units, int high_units, int chunk, int first_tile, int tiles) {
     for (int item = threadIdx.x; item < tiles * TOKENS * 16; item += THREADS) {
         int row = item % 16, token = item / 16 % TOKENS, tile = item / (16 * TOKENS);
         if (token >= to.batch) continue;
-        float sum = 0;
-#pragma unroll
-        for (int warp = 0; warp < WARPS; ++warp) {
-            sum += sums[(warp * ROUND_TILES + tile) * TILE_SUMS + token * TOKEN_STRIDE + row];
+        int offset = token * TOKEN_STRIDE + row;
+        float sum = add_slots(slots, low_units, tiles, tile, offset);
+        if constexpr (SEGMENTS == 2) {
+            sum += add_slots(slots + (tiles + SEGMENT_WARPS) * TILE_SUMS, high_units, tiles, tile, offset);
         }
         sum *= to.factors[token];
-        int output_tile = first_tile + start + tile, row_in_block = (start + tile) * 16 + row;
+        int output_tile = first_tile + tile, row_in_block = tile * 16 + row;
         if constexpr (SPLITS > 1) {
             u32* slot = to.workspace + (static_cast<u64>(output_tile) * TOKENS + token) * 16 + row;
             u64 stride = static_cast<u64>(to.row_tiles) * TOKENS * 16;
@@ -167,86 +223,69 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     const u8* packed_low, const u8* packed_high, const u16* codebook, const u16* scales, const u16* bias, const u16* x,
     u16* y, u32* workspace, int row_tiles, int units_low, int units_high, int columns_low, int columns_high, int batch,
     int row_capacity) {
-    extern __shared__ __align__(128) u8 shared[];
+    DYNAMIC_SHARED(shared);
     check_shared_base(shared);
     allow_next_kernel();
 
-    int chunk_blocks = gridDim.x / SPLITS, chunk = blockIdx.x / chunk_blocks, block = blockIdx.x % chunk_blocks;
-    int first_tile = row_tiles * block / chunk_blocks;
-    int tiles = row_tiles * (block + 1) / chunk_blocks - first_tile;
-
-    // Half of the warps prepare the table and fetch the scales while the others fetch the tokens.
-    constexpr int FILLERS = WARPS / 2;
+    // One division comes before the first fetch: the first blocks take one row of tiles more than the others.
+    u32 chunk_blocks = gridDim.x / SPLITS, chunk = SPLITS == 1 ? 0 : blockIdx.x / chunk_blocks;
+    u32 block = blockIdx.x - chunk * chunk_blocks;
+    u32 least = static_cast<u32>(row_tiles) / chunk_blocks, longer_blocks = row_tiles - least * chunk_blocks;
+    int first_tile = block * least + min(block, longer_blocks), tiles = least + (block < longer_blocks);
     int warp = shuffle(threadIdx.x / 32, 0);  // so that the compiler sees that a warp's lanes agree
-    Segment low{units_low * chunk / SPLITS, units_low * (chunk + 1) / SPLITS, 0, columns_low};
-    Segment high{units_high * chunk / SPLITS, units_high * (chunk + 1) / SPLITS, columns_low, columns_high};
-    bool is_low = WIDTH_HIGH == 0 || warp < LOW_WARPS;
-    int share = is_low ? warp : warp - LOW_WARPS, shares = is_low ? LOW_WARPS : WARPS - LOW_WARPS;
-    Segment mine = is_low ? low : high;
+    Segment low = segment_of(units_low, chunk, 0, columns_low);
+    Segment high = segment_of(units_high, chunk, columns_low, columns_high);
 
-    Ring stream;
-    stream.unit_bytes = is_low ? Unit<WIDTH_LOW>::BYTES : Unit<SECOND_WIDTH>::BYTES;
-    stream.row_bytes = (is_low ? units_low : units_high) * stream.unit_bytes;
-    stream.ring = shared + RING_OFFSET + warp * RING_BYTES;
-    stream.barriers = reinterpret_cast<u64*>(shared + BARRIER_OFFSET) + warp * STAGES;
-    int first_unit = mine.units() * share / shares, end_unit = mine.units() * (share + 1) / shares;  // of the chunk
-    u16* codebook_copy = reinterpret_cast<u16*>(shared + CODEBOOK_OFFSET);
-    u16* row_scales = reinterpret_cast<u16*>(shared + ROWS_OFFSET);
-    u16* row_bias = row_scales + row_capacity;
-    if (warp < FILLERS) {
-        fetch_async<32 * FILLERS>(codebook_copy, codebook, Low::CODEBOOK_BYTES);
-        fetch_async<32 * FILLERS>(row_scales, scales + first_tile * 16, tiles * 32);
-        if (bias != nullptr) fetch_async<32 * FILLERS>(row_bias, bias + first_tile * 16, tiles * 32);
-        copy_commit();
-    }
-    const u8* packed = (is_low ? packed_low : packed_high) + static_cast<u64>(first_tile) * stream.row_bytes;
-    stream.begin(packed, mine.first + first_unit, mine.first + end_unit, tiles);
+    bool is_low = SEGMENTS == 1 || warp < SEGMENT_WARPS;
+    int worker = is_low ? warp : warp - SEGMENT_WARPS, row_units = is_low ? low.units() : high.units();
+    Share share = share_of(worker, row_units, tiles);
 
-    float* all_sums = reinterpret_cast<float*>(shared + SUMS_OFFSET);
+    float* slots = reinterpret_cast<float*>(shared + SUMS_OFFSET);
     float* factors = reinterpret_cast<float*>(shared + FACTOR_OFFSET);
+    u16* row_scales = reinterpret_cast<u16*>(slots + (SEGMENTS * row_capacity / 16 + WARPS) * TILE_SUMS);
+    u16* row_bias = row_scales + row_capacity;
     u16* tokens = row_bias + row_capacity;
     int token_stride = (low.units() + high.units()) * UNIT_COLUMNS + 8;  // 8 more: loads without bank conflicts
 
-    if (warp < FILLERS) {
-        copy_wait<BULK ? 0 : STAGES>();
-        barrier_sync<2, 32 * FILLERS>();
-        Low::fill<32 * FILLERS>(shared, codebook_copy);
-    } else {
-        wait_for_previous_kernels();
-        load_tokens<FILLERS, WARPS - FILLERS>(
-            tokens, token_stride, low, high, x, columns_low + columns_high, batch, warp - FILLERS, factors,
-            reinterpret_cast<u32*>(factors + TOKENS));
-    }
-    block_sync();
-
-    Output to{y, workspace, row_scales, bias == nullptr ? nullptr : row_bias, factors, row_tiles, batch};
-    Words4 held[TOKEN_TILES][2] = {};
-    u32 table_lane = Low::lane_offset();
-    const u16* my_tokens = tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 16 +
-                           (first_unit + (is_low ? 0 : low.units())) * UNIT_COLUMNS;
-    int round_start = 0;
-    float* round_sums = all_sums;
-    for (int tile = 0; tile < tiles; tile += ROW_TILES) {
-        Sums sums = {};
-        int rows = min(ROW_TILES, tiles - tile);
-        if (is_low) {
-            multiply_rows<Low, WIDTH_LOW>(
-                sums, stream, rows, table_lane, held, my_tokens, token_stride, batch);
-        } else if constexpr (WIDTH_HIGH != 0) {
-            multiply_rows<Choose<SECOND_WIDTH>::Decoder, SECOND_WIDTH>(
-                sums, stream, rows, table_lane, held, my_tokens, token_stride, batch);
-        }
-        store_sums(round_sums + (warp * ROUND_TILES + tile - round_start) * TILE_SUMS, sums);
-        if (tile + ROW_TILES - round_start == ROUND_TILES || tile + ROW_TILES >= tiles) {
-            block_sync();
-            finish_round(to, round_sums, chunk, first_tile, round_start, tile + rows - round_start);
-            round_start = tile + ROW_TILES;
-            // The next round's sums must not meet those that are being read: another buffer, or another barrier.
-            if constexpr (SUM_BUFFERS == 2) {
-                round_sums = round_sums == all_sums ? all_sums + ROUND_SUMS : all_sums;
-            } else {
-                block_sync();
+    // Half of the warps prepare the table and fetch the scales while the others fetch the tokens.
+    auto prepare_block = [&] {
+        constexpr int FILLERS = WARPS / 2;
+        if (warp < FILLERS) {
+            if constexpr ((WITHOUT & WITHOUT_TABLE) == 0) Low::fill<32 * FILLERS>(shared, codebook);
+            for (int i = threadIdx.x; i < tiles * 2; i += 32 * FILLERS) {
+                copy_async(row_scales + 8 * i, scales + first_tile * 16 + 8 * i);
+                if (bias != nullptr) copy_async(row_bias + 8 * i, bias + first_tile * 16 + 8 * i);
             }
+            copy_commit();
+        } else if constexpr ((WITHOUT & WITHOUT_TOKENS) == 0) {
+            wait_for_previous_kernels();
+            load_tokens<FILLERS, WARPS - FILLERS>(
+                tokens, token_stride, low, high, x, columns_low + columns_high, batch, warp - FILLERS, factors,
+                reinterpret_cast<u32*>(factors + TOKENS));
         }
+        block_sync();
+    };
+
+    // The first weights are asked for before anything else.
+    u32 my_tokens = shared_address(tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 16);
+    u64 tiles_before = first_tile;
+    if (is_low) {
+        Worker<Low, WIDTH_LOW> work{{}, Low::lane_offset(), my_tokens, token_stride, batch};
+        const u8* packed = packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES;
+        work.stream.begin(packed, units_low, low.first, share);
+        prepare_block();
+        work.multiply_share(share, slots + worker * TILE_SUMS);
+    } else if constexpr (SEGMENTS == 2) {
+        u32 high_tokens = my_tokens + low.units() * UNIT_COLUMNS * 2;
+        Worker<High, SECOND_WIDTH> work{{}, Low::lane_offset(), high_tokens, token_stride, batch};
+        const u8* packed = packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES;
+        work.stream.begin(packed, units_high, high.first, share);
+        prepare_block();
+        work.multiply_share(share, slots + (tiles + SEGMENT_WARPS + worker) * TILE_SUMS);
     }
+    copy_wait();
+    block_sync();
+    if constexpr ((WITHOUT & WITHOUT_ADDING) != 0) return;
+    Output to{y, workspace, row_scales, bias == nullptr ? nullptr : row_bias, factors, row_tiles, batch};
+    finish_rows(to, slots, low.units(), high.units(), chunk, first_tile, tiles);
 }

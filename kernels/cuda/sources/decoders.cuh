@@ -9,8 +9,9 @@
 // Words of a unit in memory, for all lanes: WIDTH / 4 pieces of 16 bytes a lane, then 8 bytes a lane if WIDTH & 2, then
 // 4 if WIDTH & 1: 128 * WIDTH bytes, every access aligned and without bank conflicts.
 //
-// Tables, made of the codebook by `fill`, lie at the start of shared memory with REPLICAS copies of every 4-byte entry side by side. With 32 of them each lane reads
-// its own bank, so a lookup is one wavefront whatever the codes; with fewer, lanes that share a copy may collide.
+// Tables, made of the codebook in global memory by `fill`, lie at the start of shared memory with REPLICAS copies of every
+// 4-byte entry side by side. With 32 of them each lane reads its own bank, so a lookup is one wavefront whatever the
+// codes; with fewer, lanes that share a copy may collide.
 #pragma once
 
 #include "ptx.cuh"
@@ -31,24 +32,30 @@ constexpr int LOG2<1> = 0;
 template <int WIDTH>
 struct Unit {
     static constexpr int BYTES = 128 * WIDTH;
-    u32 words[WIDTH];
+    u32 words[WIDTH] = {};
     u32 next;  // trellis codes: the first 16 bits that follow the lane's run, block 0 in the low half, 1 in the high
 
-    __device__ __forceinline__ void load(const u8* bytes) {
+    // From global memory; where not `active`, the words stay as they are.
+    __device__ __forceinline__ void load(const u8* bytes, bool active = true) {
         int lane = lane_index();
 #pragma unroll
         for (int piece = 0; piece < WIDTH / 4; ++piece) {
-            Words4 four = reinterpret_cast<const Words4*>(bytes)[32 * piece + lane];
-            words[4 * piece] = four.x, words[4 * piece + 1] = four.y;
-            words[4 * piece + 2] = four.z, words[4 * piece + 3] = four.w;
+            u32* to = words + 4 * piece;
+            Words4 four{to[0], to[1], to[2], to[3]};
+            load_once_if(four, reinterpret_cast<const Words4*>(bytes) + 32 * piece + lane, active);
+            to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         }
         bytes += WIDTH / 4 * 512;
         if constexpr ((WIDTH & 2) != 0) {
-            Words2 two = reinterpret_cast<const Words2*>(bytes)[lane];
-            words[WIDTH / 4 * 4] = two.x, words[WIDTH / 4 * 4 + 1] = two.y;
+            u32* to = words + WIDTH / 4 * 4;
+            Words2 two{to[0], to[1]};
+            load_once_if(two, reinterpret_cast<const Words2*>(bytes) + lane, active);
+            to[0] = two.x, to[1] = two.y;
             bytes += 256;
         }
-        if constexpr ((WIDTH & 1) != 0) words[WIDTH - 1] = reinterpret_cast<const u32*>(bytes)[lane];
+        if constexpr ((WIDTH & 1) != 0) {
+            load_once_if(words[WIDTH - 1], reinterpret_cast<const u32*>(bytes) + lane, active);
+        }
     }
 };
 
@@ -63,21 +70,11 @@ __device__ __forceinline__ u32 window(const u32 (&words)[N], int position, int c
     return funnel_shift(words[word], words[word + 1], shift);
 }
 
-// Fetches `bytes` of global memory, a multiple of 16 or 8 alone, by the first THREADS threads of a block; asynchronously.
-template <int THREADS>
-__device__ __forceinline__ void fetch_async(void* to, const void* from, int bytes) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < bytes / 16; i += THREADS) {
-        copy_async<16>(reinterpret_cast<Words4*>(to) + i, reinterpret_cast<const Words4*>(from) + i);
-    }
-    if (bytes == 8 && threadIdx.x == 0) copy_async<8>(to, from);
-}
-
 // One value into all its copies; the first THREADS threads of a block share the entries of a table.
 template <int ENTRIES, int COPIES, int THREADS, typename Value>
 __device__ __forceinline__ void fill_table(u8* table, Value value) {
     constexpr int STORE_WORDS = COPIES < 4 ? 1 : 4;
-#pragma unroll 4
+#pragma unroll 16
     for (int store = threadIdx.x; store < ENTRIES * COPIES / STORE_WORDS; store += THREADS) {
         u32 entry = value(store * STORE_WORDS / COPIES);
         if constexpr (STORE_WORDS == 4) {
@@ -88,12 +85,12 @@ __device__ __forceinline__ void fill_table(u8* table, Value value) {
     }
 }
 
-// int at higher rates: the levels are the integers minus half of the largest code. No table: 512 + code is assembled in the fraction
-// of an fp16 number, where the last bit counts a half, and one subtraction makes the level.
+// int at higher rates: the levels are the integers minus half of the largest code. No table: 512 + code is assembled in
+// the fraction of an fp16 number, where the last bit counts a half, and one subtraction makes the level.
 template <int WIDTH>
 struct IntegerDecoder {
     static constexpr int BITS = WIDTH / 2;
-    static constexpr int TABLE_BYTES = 0, CODEBOOK_BYTES = 0;
+    static constexpr int TABLE_BYTES = 0;
     static constexpr u32 HALF = (512 * 2 + (1 << BITS) - 1);  // twice what is subtracted
     static constexpr u32 HALF_BITS = 0xE000 | (HALF - 1024);  // -(HALF / 2) in fp16, between 512 and 1024
 
@@ -122,7 +119,6 @@ template <int WIDTH, int COPIES>
 struct PairDecoder {
     static constexpr int ENTRIES = 1 << WIDTH;
     static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
-    static constexpr int CODEBOOK_BYTES = FAMILY == INT ? 0 : FAMILY == NUQ ? 2 << WIDTH / 2 : 4 << WIDTH;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 
     template <int THREADS>
@@ -159,7 +155,6 @@ struct ScalarDecoder {
     static constexpr int BITS = WIDTH / 2;
     static constexpr int ENTRIES = 1 << BITS;
     static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
-    static constexpr int CODEBOOK_BYTES = 2 * ENTRIES;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 
     template <int THREADS>
@@ -196,7 +191,6 @@ template <int WIDTH, int STATE, int INDEX, int COPIES, bool SIGNED>
 struct TrellisDecoder {
     static constexpr int ENTRIES = 1 << (INDEX + SIGNED);
     static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
-    static constexpr int CODEBOOK_BYTES = 4 << INDEX;
     static constexpr int INDEX_BIT = 15 - INDEX;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 

@@ -38,14 +38,9 @@ __device__ __forceinline__ void write_block(
 extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(
     const u8* packed, const u16* codebook, const u16* scales, u16* out, int row_tiles, int units, int columns,
     int out_stride) {
-    extern __shared__ __align__(128) u8 shared[];
+    DYNAMIC_SHARED(shared);
     check_shared_base(shared);
-    u16* codebook_copy = reinterpret_cast<u16*>(shared + Decoder::TABLE_BYTES);
-    fetch_async<32 * WARPS>(codebook_copy, codebook, Decoder::CODEBOOK_BYTES);
-    copy_commit();
-    copy_wait<0>();
-    block_sync();
-    Decoder::fill<32 * WARPS>(shared, codebook_copy);
+    Decoder::fill<32 * WARPS>(shared, codebook);
     block_sync();
     u32 table_lane = Decoder::lane_offset();
     int row = lane_index() / 4, column = lane_index() % 4 * 16;

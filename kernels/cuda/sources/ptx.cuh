@@ -9,6 +9,16 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
+// Parts that a kernel leaves out, with wrong results, to see what they cost (experiments/bench_kernels.py).
+#ifndef WITHOUT
+#define WITHOUT 0
+#endif
+#define WITHOUT_LOOKUPS 1
+#define WITHOUT_TABLE 2
+#define WITHOUT_TOKENS 4
+#define WITHOUT_WEIGHTS 8
+#define WITHOUT_ADDING 16
+
 // Four words that move as one 16-byte access, two as one of 8 bytes.
 struct __align__(16) Words4 { u32 x, y, z, w; };
 struct __align__(8) Words2 { u32 x, y; };
@@ -29,6 +39,8 @@ constexpr u32 SHARED_BASE = 1024;
 constexpr u32 SHARED_BASE = 0;
 #endif
 
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+
 // Stops the kernel, with an error at the next synchronisation, should an architecture lay shared memory out otherwise.
 __device__ __forceinline__ void check_shared_base(const void* dynamic_shared) {
     if (shared_address(dynamic_shared) != SHARED_BASE) stop_kernel();
@@ -36,17 +48,41 @@ __device__ __forceinline__ void check_shared_base(const void* dynamic_shared) {
 
 // The word `offset` bytes into dynamic shared memory.
 __device__ __forceinline__ u32 lookup(u32 offset) {
+    if constexpr ((WITHOUT & WITHOUT_LOOKUPS) != 0) return offset;
     u32 word;
-    asm("ld.shared.b32 %0, [%1 + %2];" : "=r"(word) : "r"(offset), "n"(SHARED_BASE));
+    asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(word) : "r"(offset), "n"(SHARED_BASE));
     return word;
 }
 
-// Words of shared memory, where `active`; elsewhere the old contents stay.
-__device__ __forceinline__ void load_shared_if(Words4& words, const void* pointer, bool active) {
+// Words of shared memory BYTES after an address, where `active`; elsewhere the old contents stay.
+template <int BYTES>
+__device__ __forceinline__ void load_shared_if(Words4& words, u32 address, bool active) {
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %6]; }"
         : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
-        : "r"(shared_address(pointer)), "r"(static_cast<u32>(active)));
+        : "r"(address), "r"(static_cast<u32>(active)), "n"(BYTES));
+}
+
+// Words of global memory that are read once, where `active`; elsewhere the old contents stay.
+__device__ __forceinline__ void load_once_if(Words4& words, const void* pointer, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
+        : "l"(pointer), "r"(static_cast<u32>(active)));
+}
+
+__device__ __forceinline__ void load_once_if(Words2& words, const void* pointer, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
+        : "+r"(words.x), "+r"(words.y)
+        : "l"(pointer), "r"(static_cast<u32>(active)));
+}
+
+__device__ __forceinline__ void load_once_if(u32& word, const void* pointer, bool active) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.L1::no_allocate.b32 %0, [%1]; }"
+        : "+r"(word)
+        : "l"(pointer), "r"(static_cast<u32>(active)));
 }
 
 // The low 32 bits of high:low >> shift, 0 <= shift < 32.
@@ -127,55 +163,16 @@ __device__ __forceinline__ void store_global(u32* pointer, u32 value) {
     asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
-// BYTES (8 or 16) from global to shared memory, asynchronously; both aligned to BYTES.
-template <int BYTES>
+// 16 bytes from global to shared memory, asynchronously; both aligned to 16.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-    if constexpr (BYTES == 16) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-    } else {
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
-    }
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-template <int LEFT>
-__device__ __forceinline__ void copy_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
-}
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-__device__ __forceinline__ void barrier_init(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void barrier_init_done() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again; }" ::"r"(
-            shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
-
-// `bytes` (a multiple of 16) from global to shared memory by the copy engine, counted on a barrier.
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, u32 bytes, u64* barrier) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(barrier))
-        : "memory");
-}
 
 // Waits until the kernels before this one have ended and their writes can be seen.
 __device__ __forceinline__ void wait_for_previous_kernels() { asm volatile("griddepcontrol.wait;" ::: "memory"); }

@@ -81,5 +81,5 @@ def test_a_workspace_is_shared_until_a_model_gets_its_own(weights):
 
 def test_the_workspace_suits_every_batch_and_is_found_quickly():
     begun = time.perf_counter()
-    words = _workspace_words(QuantizerSpec(Family.TCQ, 3.0, 16), 4096, 14336, Limits(132, 227 << 10, True))
+    words = _workspace_words(QuantizerSpec(Family.TCQ, 3.0, 16), 4096, 14336, Limits(132, 227 << 10))
     assert 0 <= words < 1 << 22 and time.perf_counter() - begun < 2

@@ -3,9 +3,12 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <vector>
 
 #define __global__
@@ -23,14 +26,14 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum State { RUNNING, AT_BARRIER, AT_EXCHANGE, DONE };
+enum State { RUNNING, AT_BARRIER, AT_SMALL_BARRIER, AT_EXCHANGE, DONE };
 constexpr size_t STACK_BYTES = 256 << 10;
 
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
     State state = DONE;
-    float sent[2];  // of the last two exchanges: a lane that runs ahead doesn't overwrite what others still read
+    unsigned sent[2][6];  // of the last two exchanges: a lane that runs ahead doesn't overwrite what others still read
     int exchanges = 0;
 };
 
@@ -47,12 +50,30 @@ inline void yield(State state) {
 
 inline void barrier() { yield(AT_BARRIER); }
 
-inline float shuffle(float value, int lane_mask) {
-    unsigned self = current;
-    int slot = fibers[self].exchanges++ % 2;
-    fibers[self].sent[slot] = value;
+// The first `small_size` threads that come (a barrier of some of a block's warps).
+inline unsigned small_size;
+inline void small_barrier(unsigned threads) {
+    small_size = threads;
+    yield(AT_SMALL_BARRIER);
+}
+
+// Leaves words for the warp; afterwards `received(lane)` gives those of each lane.
+inline int exchange(std::initializer_list<unsigned> words) {
+    Fiber& self = fibers[current];
+    int slot = self.exchanges++ % 2;
+    std::copy(words.begin(), words.end(), self.sent[slot]);
     yield(AT_EXCHANGE);
-    return fibers[self ^ (unsigned)lane_mask].sent[slot];
+    return slot;
+}
+
+inline const unsigned* received(int slot, unsigned lane) { return fibers[current / 32 * 32 + lane].sent[slot]; }
+
+inline float shuffle(float value, int lane_mask) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    int slot = exchange({bits});
+    std::memcpy(&value, received(slot, current % 32 ^ (unsigned)lane_mask), 4);
+    return value;
 }
 
 inline void start() {
@@ -89,6 +110,13 @@ inline void run_block(unsigned threads) {
         }
         for (unsigned warp = 0; warp < threads; warp += 32)
             if (all_in(AT_EXCHANGE, warp, warp + 32)) release(warp, warp + 32), moved = true;
+        unsigned waiting = 0;
+        for (unsigned t = 0; t < threads; ++t) waiting += fibers[t].state == AT_SMALL_BARRIER;
+        if (waiting && waiting == small_size) {
+            for (unsigned t = 0; t < threads; ++t)
+                if (fibers[t].state == AT_SMALL_BARRIER) release(t, t + 1);
+            moved = true;
+        }
         if (all_in(AT_BARRIER, 0, threads)) release(0, threads), moved = true;
         if (!moved) {
             std::fprintf(stderr, "block %u: not all threads reach the same barrier or exchange\n", blockIdx.x);

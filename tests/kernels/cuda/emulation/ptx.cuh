@@ -1,4 +1,4 @@
-// Stands in for sources/ptx.cuh: those of its names that emulated kernels use, for a host compiler.
+// Stands in for sources/ptx.cuh, for a host compiler: lanes exchange what shuffles and tensor cores need.
 #pragma once
 #include "emulator.h"
 
@@ -42,3 +42,78 @@ inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 inline void wait_for_previous_kernels() {}
 inline void allow_next_kernel() {}
+
+// For the kernels with tensor-core multiplications.
+#define WITHOUT 0
+#define WITHOUT_LOOKUPS 1
+#define WITHOUT_TABLE 2
+#define WITHOUT_TOKENS 4
+#define WITHOUT_WEIGHTS 8
+#define WITHOUT_ADDING 16
+#define DYNAMIC_SHARED(name) u8* name = dynamic_shared
+using std::max;
+using std::min;
+
+alignas(128) inline u8 dynamic_shared[228 << 10];
+
+inline int lane_index() { return threadIdx.x & 31; }
+inline void stop_kernel() { std::abort(); }
+inline void check_shared_base(const void*) {}
+inline u32 lookup(u32 offset) { return *(const u32*)(dynamic_shared + offset); }
+inline u32 funnel_shift(u32 low, u32 high, u32 shift) { return (u32)(((u64)high << 32 | low) >> shift); }
+inline u32 permute(u32 first, u32 second, u32 selector) {
+    u64 both = (u64)second << 32 | first;
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) result |= (u32)(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+    return result;
+}
+inline u32 shuffle(u32 value, int source_lane) {
+    return emulator::received(emulator::exchange({value}), source_lane)[0];
+}
+inline u32 warp_max(u32 value) {
+    int slot = emulator::exchange({value});
+    for (int lane = 0; lane < 32; ++lane) value = max(value, emulator::received(slot, lane)[0]);
+    return value;
+}
+inline void block_sync() { emulator::barrier(); }
+template <int NUMBER, int THREADS>
+inline void barrier_sync() {
+    emulator::small_barrier(THREADS);
+}
+inline void pause() {}
+inline float half_of(u32 pair, int side) { return half_to_float((u16)(pair >> 16 * side)); }
+inline u32 add_half2(u32 a, u32 b) {
+    u32 low = float_to_half(half_of(a, 0) + half_of(b, 0)), high = float_to_half(half_of(a, 1) + half_of(b, 1));
+    return low | high << 16;
+}
+
+template <class Words>
+inline void load_once_if(Words& words, const void* pointer, bool active) {
+    if (active) std::memcpy(&words, pointer, sizeof words);
+}
+inline u32 shared_address(const void* pointer) { return (u32)((const u8*)pointer - dynamic_shared); }
+template <int BYTES>
+inline void load_shared_if(Words4& words, u32 address, bool active) {
+    if (active) std::memcpy(&words, dynamic_shared + address + BYTES, sizeof words);
+}
+inline u32 load_global(const u32* pointer) { return *pointer; }
+inline void store_global(u32* pointer, u32 value) { *pointer = value; }
+inline void copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
+inline void copy_commit() {}
+inline void copy_wait() {}
+
+// PTX, "Matrix fragments for mma.m16n8k16": lane 4 g + t holds rows g and g + 8 of the weights and column g of the tokens.
+inline void multiply_add(float (&sum)[4], const u32* weights, u32 low, u32 high) {
+    int slot = emulator::exchange({weights[0], weights[1], weights[2], weights[3], low, high});
+    int g = lane_index() / 4, t = lane_index() % 4;
+    for (int i = 0; i < 4; ++i) {
+        for (int source = 0; source < 4; ++source) {
+            const u32* row = emulator::received(slot, 4 * g + source);
+            const u32* column = emulator::received(slot, 4 * (2 * t + i % 2) + source);
+            for (int side = 0; side < 2; ++side) {
+                sum[i] += half_of(row[i / 2], side) * half_of(column[4], side);
+                sum[i] += half_of(row[2 + i / 2], side) * half_of(column[5], side);
+            }
+        }
+    }
+}

@@ -1,0 +1,45 @@
+"""The kernels compile for every architecture: each family, batch, format and choice of table is in some case."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
+from msq.kernels.cuda.dequantize import source as dequantize_source
+from msq.kernels.cuda.tuning import Limits, Tuning, launch_for, tune
+from msq.kernels.specs import default_palette
+
+SPECS = {spec.label: spec for spec in default_palette()}
+LIMITS = Limits(multiprocessors=84, shared_bytes=99 << 10)  # of a consumer card
+
+CASES = [
+    ("int-4", 1, torch.float16, None),
+    ("int-8", 8, torch.bfloat16, Tuning(8, replicas=1, splits=2)),
+    ("nuq-3", 1, torch.float16, None),
+    ("nuq-7", 4, torch.bfloat16, None),
+    ("vq-6", 16, torch.float16, None),
+    ("tcq-2.5", 1, torch.bfloat16, None),
+    ("tcq-5", 8, torch.float16, None),
+    ("half-tcq-1.75", 1, torch.float16, Tuning(8, replicas=8, depth=4)),
+    ("half-tcq-4.25", 2, torch.bfloat16, None),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("label", "batch", "dtype", "tuning"), CASES, ids=[case[0] for case in CASES])
+def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
+    shape = (SPECS[label], 4096, 4096, batch, dtype, LIMITS)
+    chosen = tuning or tune(*shape)
+    assert chosen is not None
+    launch = launch_for(*shape, chosen)
+    assert launch is not None
+    assert launch.shared_bytes <= LIMITS.shared_bytes
+    assert compile_source(launch.source, arch)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("label", ["int-6", "nuq-5", "vq-3.5", "tcq-4.5"])
+def test_dequantize_kernels_compile(label, arch):
+    spec = SPECS[label]
+    source, _ = dequantize_source(spec, spec.rates[0], torch.float16)
+    assert compile_source(source, arch)[:4] == b"\x7fELF"

@@ -1,0 +1,45 @@
+"""The decode kernel's source, run on the CPU thread by thread, against fp64 products of the PyTorch twin."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from msq.experiments.kernel_checks import LARGEST_ERROR, random_weight
+from msq.kernels.cuda.decode import kernel_arguments, new_workspace
+from msq.kernels.cuda.layout import prepare
+from msq.kernels.cuda.tuning import Limits, Tuning, launch_for
+from msq.kernels.quantize import decode
+from msq.kernels.specs import default_palette
+
+from .emulate import Emulated, needs_compiler
+
+SPECS = {spec.label: spec for spec in default_palette()}
+LIMITS = Limits(multiprocessors=3, shared_bytes=227 << 10)
+
+CASES = [
+    ("int-3", (48, 256), 1, torch.float16, Tuning(4)),
+    ("int-7", (96, 160), 3, torch.bfloat16, Tuning(4, replicas=1, depth=2)),
+    ("nuq-2", (144, 512), 1, torch.float16, Tuning(8, depth=4)),
+    ("nuq-6", (48, 256), 8, torch.bfloat16, Tuning(4, replicas=4, splits=3)),
+    ("vq-2.5", (208, 416), 13, torch.float16, Tuning(4, waves=2)),
+    ("tcq-3", (112, 640), 1, torch.bfloat16, Tuning(8, replicas=8)),
+    ("tcq-4.5", (32, 320), 5, torch.float16, Tuning(4, replicas=4, signed=False, splits=2)),
+    ("half-tcq-2.75", (176, 544), 2, torch.float16, Tuning(8, replicas=4)),
+    ("half-tcq-3.25", (64, 576), 1, torch.float16, Tuning(4, replicas=4, splits=2, depth=2)),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("label", "shape", "batch", "dtype", "tuning"), CASES, ids=[case[0] for case in CASES])
+def test_products_are_those_of_the_twin(label, shape, batch, dtype, tuning, tmp_path):
+    spec, device = SPECS[label], torch.device("cpu")
+    quantized = random_weight(spec, *shape, device)
+    launch = launch_for(spec, *shape, batch, dtype, LIMITS, tuning)
+    x, bias = torch.randn(batch, shape[1]).to(dtype), torch.randn(shape[0]).to(dtype)
+    y = torch.full((batch, shape[0]), torch.nan, dtype=dtype)
+    workspace = new_workspace(launch.workspace_words, device)
+    arguments = kernel_arguments(x, prepare(quantized), bias, y, workspace, launch)
+    Emulated(launch.source, tmp_path / "host").launch(launch.grid, launch.block, arguments)
+    expected = x.double() @ decode(quantized).double().T + bias.double()
+    assert float((y.double() - expected).norm() / expected.norm()) < LARGEST_ERROR
+    assert bool((workspace == -1).all())

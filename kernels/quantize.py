@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .codebooks import codebook as shipped_codebook
 from .errors import QuantizerError
+from .hessian import Hessian
+from .ldlq import encode_with_feedback
 from .packing import from_pairs, pack, to_pairs, unpack
 from .quantizers.base import PairCoder
 from .quantizers.scalar import ScalarCoder
@@ -123,20 +125,29 @@ def coders(spec: QuantizerSpec) -> list[PairCoder]:
 
 
 def quantize(
-    weight: Tensor, spec: QuantizerSpec, *, rotation_seed: int, codebook: Tensor | None = None
+    weight: Tensor,
+    spec: QuantizerSpec,
+    *,
+    rotation_seed: int,
+    codebook: Tensor | None = None,
+    hessian: Hessian | None = None,
 ) -> QuantizedWeight:
-    """Quantize one weight, data-free.
+    """Quantize one weight, data-free or under the Hessian of its inputs.
 
     Rotated families: rotate the input dimension, divide each row by its root mean square, encode, then refit the row
     scale by least squares. `int` is round-to-nearest on a symmetric grid, the row's range chosen by least squares.
+    A Hessian adds error feedback between columns (see `ldlq`) and weights the least squares; the packed format is the
+    same, and so are the codes where the Hessian is the identity.
 
     Args:
         weight: ``(out_features, in_features)``, any float dtype.
         rotation_seed: seed of the signs; ignored by `int`, which is not rotated.
         codebook: table to use instead of the shipped one.
+        hessian: of the inputs, in the basis of `rotation_seed` (for `int` also in the model's own); None for data-free.
 
     Raises:
-        QuantizerError: the weight is not a finite matrix, or a row is too large for an fp16 scale.
+        QuantizerError: the weight is not a finite matrix, a row is too large for an fp16 scale, or the Hessian is for
+            another size or rotation.
     """
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise QuantizerError(
@@ -148,10 +159,13 @@ def quantize(
         raise QuantizerError(
             f"expected finite weights; {bad} of {values.numel()} are NaN or infinite: the model is corrupt."
         )
+    if hessian is not None:
+        _check_basis(hessian, spec, weight.shape[1], rotation_seed)
     table = shipped_codebook(spec) if codebook is None else codebook
     table = table.to(weight.device)
     if spec.family is Family.INT:
-        seed, scales = None, _best_int_steps(values, int(spec.bits))
+        seed, hessian = None, hessian and hessian.unrotated()
+        scales = _best_int_steps(values, int(spec.bits), hessian)
     else:
         seed, values = rotation_seed, rotate(values, rotation_seed)
         scales = values.square().mean(dim=1).sqrt()
@@ -164,26 +178,42 @@ def quantize(
     rows, columns = values.shape
     divisor = scales.float().unsqueeze(1)
     unit = torch.where(divisor > 0, values / divisor, 0.0)
-    packed = []
-    for pairs, coder in zip(to_pairs(unit).split(spec.segment_tiles(columns), dim=1), coders(spec), strict=True):
-        codes = coder.encode(pairs.flatten(0, 1), table).unflatten(0, pairs.shape[:2])
-        packed.append(pack(codes, coder.width))
-    draft = QuantizedWeight(spec, rows, columns, seed, tuple(packed), scales, table)
+    segments, tiles = coders(spec), spec.segment_tiles(columns)
+    if hessian is None:
+        codes = [
+            coder.encode(pairs.flatten(0, 1), table).unflatten(0, pairs.shape[:2])
+            for pairs, coder in zip(to_pairs(unit).split(tiles, dim=1), segments, strict=True)
+        ]
+    else:
+        codes = encode_with_feedback(unit, segments, tiles, table, hessian)
+    packed = tuple(pack(part, coder.width) for part, coder in zip(codes, segments, strict=True))
+    draft = QuantizedWeight(spec, rows, columns, seed, packed, scales, table)
     unit_values = decode_unit(draft)
-    power = unit_values.square().sum(dim=1)
-    refit = torch.where(power > 0, (values * unit_values).sum(dim=1) / power, 0.0)
+    weighted = unit_values if hessian is None else unit_values @ hessian.matrix.to(unit_values.device)
+    power = (unit_values * weighted).sum(dim=1)
+    refit = torch.where(power > 0, (values * weighted).sum(dim=1) / power, 0.0)
     return QuantizedWeight(spec, rows, columns, seed, draft.packed, refit.clamp(0, _LARGEST_FP16).half(), table)
 
 
-def _best_int_steps(values: Tensor, bits: int) -> Tensor:
-    """Row steps of least squared error over a grid of clip ratios, ``(out_features,)``."""
+def _check_basis(hessian: Hessian, spec: QuantizerSpec, in_features: int, rotation_seed: int) -> None:
+    own_basis = spec.family is Family.INT and hessian.rotation_seed is None
+    if hessian.size != in_features or not (own_basis or hessian.rotation_seed == rotation_seed):
+        raise QuantizerError(
+            f"expected a Hessian of {in_features} inputs rotated by the seed {rotation_seed}; got {hessian.size} "
+            f"inputs and the seed {hessian.rotation_seed}: collect it for this model and seed."
+        )
+
+
+def _best_int_steps(values: Tensor, bits: int, hessian: Hessian | None) -> Tensor:
+    """Row steps of least squared error, each column weighted by H's diagonal, over clip ratios, ``(out_features,)``."""
+    importance = values.new_ones(()) if hessian is None else hessian.matrix.diagonal().to(values.device)
     half = ((1 << bits) - 1) / 2
     largest = values.abs().amax(dim=1)
     best_step, best_error = largest / half, torch.full_like(largest, torch.inf)
     for ratio in _CLIP_RATIOS:
         step = (largest * ratio / half).clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(1)
         rounded = ((values / step + half).round().clamp(0, 2 * half) - half) * step
-        error = (rounded - values).square().sum(dim=1)
+        error = ((rounded - values).square() * importance).sum(dim=1)
         better = error < best_error
         best_step = torch.where(better, step.squeeze(1), best_step)
         best_error = torch.where(better, error, best_error)
@@ -210,14 +240,22 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
     return decoded if weight.rotation_seed is None else unrotate(decoded, weight.rotation_seed)
 
 
-def normalized_error(original: Tensor, weight: QuantizedWeight) -> float:
-    """``|W - Q(W)|^2 / |W|^2`` in the rotated domain, float64 sums; 0 for an all-zero weight.
+def normalized_error(original: Tensor, weight: QuantizedWeight, hessian: Hessian | None = None) -> float:
+    """``|W - Q(W)|^2 / |W|^2``, or ``tr((W - Q) H (W - Q)^T) / |W|^2`` with H of mean diagonal 1; float64 sums.
+
+    An all-zero weight has an error of 0.
 
     Args:
         original: the weight that was quantized, ``(out_features, in_features)``.
+        hessian: of its inputs, in any basis.
     """
     values = original.detach().float()
+    if not values.any():
+        return 0.0
+    if hessian is not None:
+        errors = dequantize(weight) - values
+        turned = errors if hessian.rotation_seed is None else rotate(errors, hessian.rotation_seed)
+        return hessian.weigh(turned) / float(values.double().square().sum())
     if weight.rotation_seed is not None:
         values = rotate(values, weight.rotation_seed)
-    power = float(values.double().square().sum())
-    return float((decode(weight) - values).double().square().sum()) / power if power else 0.0
+    return float((decode(weight) - values).double().square().sum()) / float(values.double().square().sum())

@@ -16,9 +16,11 @@ class PairCoder(ABC):
 
     Attributes:
         width: bits of a pair's code.
+        block: neighbouring columns whose weights have to be encoded together: 16 (a tile), 2 or 1.
     """
 
     width: int
+    block: int
 
     @abstractmethod
     def encode(self, pairs: Tensor, codebook: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ class ScalarCoder(PairCoder):
     and a half, ``code - (2**bits - 1) / 2``, and the row scale is the step.
     """
 
+    block = 1
+
     def __init__(self, bits: int, *, uniform: bool) -> None:
         self.bits = bits
         self.width = 2 * bits

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..packing import sliding_states
+from ..specs import TILE
 from .base import PairCoder
 from .viterbi import viterbi_encode
 
@@ -33,6 +34,8 @@ def state_points(codebook: Tensor, state_bits: int) -> Tensor:
 
 class TrellisCoder(PairCoder):
     """A pair's code is the new bits of its trellis step; see `viterbi` for the search."""
+
+    block = TILE
 
     def __init__(self, width: int, state_bits: int) -> None:
         self.width = width

@@ -13,6 +13,8 @@ _DISTANCES_IN_FLIGHT = {"cpu": 1 << 20, "cuda": 1 << 28}
 class VectorCoder(PairCoder):
     """A pair's code is the index of its nearest point; ``codebook``: ``(2**width, 2)``."""
 
+    block = 2
+
     def __init__(self, width: int) -> None:
         self.width = width
 

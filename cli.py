@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, cli_planning
-from .cli_options import Device, Json, Quantizers, Seed, Window, note, print_json
+from .cli_options import Device, Json, Quantizers, Seed, Tokens, Window, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
 
@@ -83,6 +83,9 @@ def profile(
     tokens: Annotated[int, typer.Option(help="Tokens that the sensitivities see.")] = 16384,
     window: Window = 256,
     noise: Annotated[float, typer.Option(help="Relative size of the perturbation of a weight.")] = 0.1,
+    error: Annotated[
+        str, typer.Option(help="weights (data-free) or proxy (under Hessians, to be built with `apply --hessian`).")
+    ] = "weights",
     seed: Seed = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what is in --out and begin anew.")] = False,
     json_output: Json = False,
@@ -103,6 +106,7 @@ def profile(
         noise=noise,
         seed=seed,
         device=device,
+        error=error,
     )
     try:
         done = run_profile(resolve_model(model), out, settings, name=model, restart=restart)
@@ -128,17 +132,31 @@ def apply(
     model: Annotated[str, typer.Argument(help="The model that was profiled.")],
     plan: Annotated[Path, typer.Option("--plan", help="plan.yaml of `msq plan`.")],
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint; must not exist.")],
+    hessian: Annotated[
+        bool, typer.Option("--hessian", help="Error feedback under Hessians, on --text or else on random tokens.")
+    ] = False,
+    text: Annotated[Path | None, typer.Option(help="Calibration text for --hessian, UTF-8.")] = None,
+    tokens: Tokens = 65536,
+    window: Window = 512,
+    seed: Seed = 0,
     device: Device = "cpu",
     json_output: Json = False,
 ) -> None:
-    """Quantize a model as planned and save the checkpoint."""
+    """Quantize a model as planned and save the checkpoint; an interrupted collection of Hessians goes on."""
+    from .planner.errors import PlanError
     from .planner.executor.apply import apply_plan
     from .planner.plan import load_plan
+    from .profiles.hessians import calibration
     from .profiles.model_source import resolve_model
 
+    if text is not None and not hessian:
+        raise PlanError("--text is for Hessians; add --hessian, or leave it out.")
     promised = load_plan(plan)
-    applied = apply_plan(resolve_model(model), promised, out, device=device)
+    directory = resolve_model(model)
+    calibrated = calibration(directory, text, tokens=tokens, window=window, seed=seed) if hessian else None
+    applied = apply_plan(directory, promised, out, device=device, hessian=calibrated)
     facts = {
+        "hessian": calibrated and (calibrated.text or "data-free"),
         "checkpoint": str(out),
         "memory_bytes": applied.memory_bytes,
         "promised_bytes": promised.promised.memory_bytes,

@@ -25,6 +25,7 @@ Fusion = Annotated[bool, typer.Option("--fusion/--no-fusion", help="Whether laye
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
 

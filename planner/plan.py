@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..kernels.errors import QuantizerError
 from ..kernels.specs import Family, QuantizerSpec
 from ..profiles.files import dump_yaml, read_yaml, validation_sentence, write_atomic
-from ..profiles.schema import Digest, Name, check_schema_version
+from ..profiles.schema import Digest, ErrorKind, Name, check_schema_version
 from .errors import PlanError
 
 SCHEMA_VERSION = 1
@@ -44,11 +44,13 @@ class PlanProfile(_Part):
         digest: of the profile's files.
         device: that it was measured on.
         seed: of the rotations that its errors were measured with.
+        error: what its errors are; a plan from "proxy" errors promises quantization under a Hessian.
     """
 
     digest: Digest
     device: Name
     seed: int = 0
+    error: ErrorKind = "measured"
 
 
 class PlanBudget(_Part):

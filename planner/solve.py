@@ -172,7 +172,12 @@ def plan_of(built: BuiltProblem, solution: Solution) -> Plan:
             blocks=manifest.model.blocks,
             digest=manifest.model.digest,
         ),
-        profile=PlanProfile(digest=profile.digest, device=manifest.device.name, seed=manifest.loss.seed or 0),
+        profile=PlanProfile(
+            digest=profile.digest,
+            device=manifest.device.name,
+            seed=manifest.loss.seed or 0,
+            error=manifest.loss.error,
+        ),
         budgets=tuple(
             PlanBudget(text=b.text, resource=b.resource, cap=float(cap), batch_size=b.batch_size)
             for b, cap in zip(built.budgets, built.problem.caps, strict=True)

@@ -121,6 +121,14 @@ def inventory(model_dir: str | Path, *, name: str | None = None) -> ModelInvento
     )
 
 
+def weight_files(model_dir: Path) -> list[Path]:
+    """The safetensors files that `inventory` reads, of a model that it has accepted."""
+    if (model_dir / WEIGHTS_FILE).exists():
+        return [model_dir / WEIGHTS_FILE]
+    index = json.loads((model_dir / INDEX_FILE).read_text(encoding="utf-8"))
+    return [model_dir / name for name in sorted(set(index["weight_map"].values()))]
+
+
 def _layer(tensors: dict[str, _Tensor], block: int, role: str, shape: tuple[int, int], directory: Path) -> LayerInfo:
     parent = f"model.layers.{block}.{_PARENT[role]}"
     name = f"{parent}.{role}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,21 +18,25 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 
 from .. import __version__
 from ..kernels.specs import QuantizerSpec
 from .errors import ProfileError
 from .files import sha256_file
+from .hessians import Calibration, calibration, collect_hessians
 from .inventory import ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal
 from .latency import measure_latency, measure_overhead
-from .models import choose_device, load_config, load_model, random_windows, token_windows
+from .models import choose_device, load_model
 from .quantizer_errors import measure_errors, measured_gaussian_error
 from .schema import MANIFEST_FILE, DevicePart, LatencyPart, LossMethod, LossPart, ModelPart, ProfileManifest
 from .sensitivity import measure_sensitivities
 from .tables import Profile, save_profile
 from .timing import timer_for
+
+HESSIANS_DIR = "hessians"
+"""Inside the output directory while a job with proxy errors runs."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class ProfileSettings:
         context: tokens in the cache while the overhead is measured.
         seed: of tokens, noise and rotations.
         device: cpu or cuda.
+        error: "weights" measures |W - Q|^2 / |W|^2 of data-free quantization, "proxy" the Hessian-weighted error of
+            quantization under the Hessian of the same tokens.
     """
 
     specs: tuple[QuantizerSpec, ...]
@@ -63,6 +70,7 @@ class ProfileSettings:
     context: int = 64
     seed: int = 0
     device: str = "cpu"
+    error: str = "weights"
 
     def __post_init__(self) -> None:
         if self.method not in (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL):
@@ -72,6 +80,8 @@ class ProfileSettings:
                 "calibration needs a text (--text FILE), and data-free sensitivities take none; "
                 f"got method {self.method} and text {self.text}."
             )
+        if self.error not in ("weights", "proxy"):
+            raise ProfileError(f"errors are those of weights or proxy; got '{self.error}'.")
         if not self.specs:
             raise ProfileError("expected at least one quantizer to measure; got none.")
         if not 0 < self.noise < 1:
@@ -102,7 +112,7 @@ def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: 
     device = choose_device(settings.device)
     model_info = inventory(model_dir, name=name)
     digest = model_digest(model_dir)
-    tokens = _tokens(model_dir, settings)
+    tokens = calibration(model_dir, settings.text, tokens=settings.tokens, window=settings.window, seed=settings.seed)
     journal_path = out / JOURNAL_FILE
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -114,8 +124,11 @@ def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: 
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
     with Journal(journal_path, job, restart=restart) as journal:
+        if restart:
+            shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
         profile = _measure(model_dir, out, settings, model_info, digest, tokens, device, journal)
         journal_path.unlink()
+        shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
     return profile
 
 
@@ -131,29 +144,23 @@ def _text_digest(settings: ProfileSettings) -> str | None:
     return None if settings.text is None else sha256_file(settings.text)
 
 
-def _tokens(model_dir: Path, settings: ProfileSettings) -> Tensor:
-    windows = settings.tokens // settings.window
-    if settings.text is not None:
-        return token_windows(model_dir, settings.text, settings.window, windows)
-    return random_windows(load_config(model_dir).vocab_size, windows, settings.window, settings.seed)
-
-
 def _measure(
     model_dir: Path,
     out: Path,
     settings: ProfileSettings,
     model_info: ModelInventory,
     digest: str,
-    tokens: Tensor,
+    tokens: Calibration,
     device: torch.device,
     journal: Journal,
 ) -> Profile:
     layers = model_info.layers
+    windows = tokens.windows
     model = load_model(model_dir, device)
     sensitivities = measure_sensitivities(
         model,
         layers,
-        tokens,
+        windows,
         noise=settings.noise,
         seed=settings.seed,
         windows_per_group=settings.windows_per_group,
@@ -162,7 +169,14 @@ def _measure(
     overhead = _overhead(model, settings, model_info, device, journal)
     dtype = next(model.parameters()).dtype
     del model
-    errors = measure_errors(model_dir, layers, settings.specs, seed=settings.seed, device=device, journal=journal)
+    hessians = None
+    if settings.error == "proxy":
+        hessians = collect_hessians(
+            model_dir, model_info, tokens, out / HESSIANS_DIR, digest=digest, seed=settings.seed, device=device
+        )
+    errors = measure_errors(
+        model_dir, layers, settings.specs, seed=settings.seed, device=device, journal=journal, hessians=hessians
+    )
     latencies = measure_latency(
         layers,
         settings.specs,
@@ -186,13 +200,13 @@ def _measure(
         device=describe_device(device, context=settings.context),
         loss=LossPart(
             method=settings.method,
-            error="measured",
-            tokens=tokens.numel(),
+            error="proxy" if hessians else "measured",
+            tokens=windows.numel(),
             noise=settings.noise,
             seed=settings.seed,
-            sequences=tokens.shape[0],
-            sequence_length=tokens.shape[1],
-            text=None if settings.text is None else settings.text.name,
+            sequences=windows.shape[0],
+            sequence_length=windows.shape[1],
+            text=tokens.text,
         ),
         latency=LatencyPart(batch_sizes=settings.batch_sizes, overhead_us=overhead) if settings.batch_sizes else None,
         software={

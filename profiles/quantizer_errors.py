@@ -1,4 +1,8 @@
-"""Normalised error and exact size of every (layer, quantizer), measured by encoding the rotated weight."""
+"""Normalised error and exact size of every (layer, quantizer), measured by encoding the rotated weight.
+
+Without Hessians the error is ``|W - Q|^2 / |W|^2`` of data-free quantization. With them it is the proxy error of
+quantization under the Hessian (see `kernels.hessian`), in the same units.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ from ..kernels.quantize import normalized_error, quantize
 from ..kernels.rotation import input_seed
 from ..kernels.specs import QuantizerSpec
 from .errors import ProfileError
+from .hessians import HessianFiles
 from .inventory import LayerInfo
 from .journal import Journal
 from .progress import progress
@@ -38,11 +43,15 @@ def measure_errors(
     seed: int,
     device: torch.device,
     journal: Journal,
+    hessians: HessianFiles | None = None,
 ) -> dict[tuple[str, str], tuple[float, int]]:
     """(error, size_bytes) by (layer, quantizer label); one weight in memory at a time, journalled pair by pair.
 
+    Args:
+        hessians: of the layers' inputs, for the same `seed`; None for data-free quantization.
+
     Raises:
-        ProfileError: a weight can't be quantized (NaN, infinite).
+        ProfileError: a weight can't be quantized (NaN, infinite), or a Hessian can't be read.
     """
     with progress("quantizer errors", len(layers) * len(specs), done=journal.count("error")) as advance:
         for layer in layers:
@@ -50,12 +59,15 @@ def measure_errors(
             if not missing:
                 continue
             weight = read_weight(directory, layer).to(device)
+            hessian = None if hessians is None else hessians.load(layer, device)
             for spec in missing:
                 try:
-                    quantized = quantize(weight, spec, rotation_seed=input_seed(layer.fusion_group, seed))
+                    quantized = quantize(
+                        weight, spec, rotation_seed=input_seed(layer.fusion_group, seed), hessian=hessian
+                    )
                 except QuantizerError as cause:
                     raise ProfileError(f"{layer.name}: {cause}") from cause
-                error = normalized_error(weight, quantized)
+                error = normalized_error(weight, quantized, hessian)
                 journal.add(("error", layer.name, spec.label), [error, quantized.size_bytes])
                 advance()
     pairs = ((layer.name, spec.label) for layer in layers for spec in specs)

@@ -40,6 +40,9 @@ class LossMethod(StrEnum):
     FISHER = "fisher"
 
 
+ErrorKind = Literal["gaussian", "measured", "proxy"]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -70,14 +73,15 @@ class LossPart(_Part):
 
     Attributes:
         method: how sensitivities were estimated.
-        error: "gaussian" uses each quantizer's error on N(0,1) for every layer, "measured" has errors.csv.
+        error: "gaussian" uses each quantizer's error on N(0,1) for every layer; of errors.csv, "measured" is the error
+            of the weights, "proxy" that of the outputs when quantized under a Hessian.
         tokens: tokens that the estimate saw.
         noise: relative size of the perturbation, ‖δW‖/‖W‖, where the method perturbs.
         text: the calibration text, where the method reads one.
     """
 
     method: LossMethod
-    error: Literal["gaussian", "measured"]
+    error: ErrorKind
     tokens: int = Field(ge=1)
     noise: float | None = Field(default=None, gt=0)
     seed: int | None = None

@@ -199,7 +199,7 @@ def _assemble(contents: Mapping[str, bytes], directory: Path) -> Profile:
     assert layers is not None and quantizers is not None
     layers = _sorted_layers(layers, manifest, str(directory / LAYERS.file))
     quantizers = _sorted_quantizers(quantizers, str(directory / QUANTIZERS.file))
-    if (manifest.loss.error == "measured") != (errors is not None):
+    if (manifest.loss.error != "gaussian") != (errors is not None):
         found = "it is missing" if errors is None else "it is there"
         raise ProfileError(f"{where} says loss.error is {manifest.loss.error}, yet of {ERRORS.file} {found}.")
     if errors is not None:

@@ -60,6 +60,23 @@ def test_the_main_job(msq, profile, tiny_llama, tmp_path):
     assert code == 0 and json.loads(out)["prompt"] == "The"
 
 
+def test_hessians_from_profile_to_checkpoint(msq, tiny_llama, tmp_path):
+    text, measured, plan = tmp_path / "text.txt", tmp_path / "profile", tmp_path / "plan.yaml"
+    text.write_text("Some words to calibrate on, many times over. " * 80)
+    arguments = ["--quantizers", "nuq-[24]", "--tokens", 64, "--window", 32, "--batch-sizes", "none"]
+    assert msq("profile", tiny_llama, "--out", measured, *arguments, "--error", "proxy")[0] == 0
+    assert msq("plan", "--profile", measured, "--budget", "memory=4.5bpw", "--out", plan)[0] == 0
+    shared = ["apply", tiny_llama, "--plan", plan, "--json", "--tokens", 320, "--window", 32]
+    code, out, err = msq(*shared, "--out", tmp_path / "a")
+    assert code == 2 and not out and "add --hessian" in err
+    code, out, err = msq(*shared, "--out", tmp_path / "a", "--text", text)
+    assert code == 2 and not out and "--text is for Hessians" in err
+    code, out, err = msq(*shared, "--out", tmp_path / "a", "--hessian")
+    assert code == 0 and json.loads(out)["hessian"] == "data-free" and "hessians" in err
+    code, out, _ = msq(*shared, "--out", tmp_path / "b", "--hessian", "--text", text)
+    assert code == 0 and json.loads(out)["hessian"] == "text.txt"
+
+
 def test_plan_shows_a_map_and_its_proof(msq, profile):
     code, out, _ = msq("plan", "--profile", profile, "--budget", "latency=1s", "--budget", "memory=5bpw")
     assert code == 0 and "block" in out and "bits per weight" in out and "proven gap" in out
@@ -259,6 +276,7 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--loss", "calibration"], "calibration needs a text"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--loss", "fishy"], "unknown loss method"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--text", "x.txt"], "data-free sensitivities take none"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--error", "kl"], "weights or proxy"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--batch-sizes", "one"], "expected batch sizes"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--device", "cuda:99"], "CUDA"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--state-bits", "30"], "trellis"),

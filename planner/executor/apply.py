@@ -2,7 +2,8 @@
 
 Weights are read one at a time from the model's safetensors files and written in shards, so neither the whole model nor
 the whole checkpoint is ever in memory. Everything goes to a temporary directory beside the target, which is renamed in
-the end: a checkpoint is there whole or not at all.
+the end: a checkpoint is there whole or not at all. Hessians go to a work directory of their own, so that an interrupted
+job finds them again; it is removed when the checkpoint is there.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from ... import __version__
 from ...kernels.errors import QuantizerError
 from ...kernels.quantize import normalized_error, quantize
 from ...kernels.rotation import input_seed
-from ...profiles.inventory import INDEX_FILE, WEIGHTS_FILE, ModelInventory, inventory
+from ...profiles.hessians import Calibration, HessianFiles, collect_hessians
+from ...profiles.inventory import INDEX_FILE, WEIGHTS_FILE, ModelInventory, inventory, weight_files
 from ...profiles.job import model_digest
 from ...profiles.models import choose_device
 from ...profiles.progress import progress
@@ -32,7 +34,7 @@ from ...profiles.quantizer_errors import read_weight
 from ..errors import PlanError
 from ..plan import Plan, save_plan
 from .errors import CheckpointError
-from .manifest import PLAN_FILE, CheckpointManifest, QuantizationConfig, QuantizedLayer, write_manifest
+from .manifest import PLAN_FILE, CheckpointManifest, HessianPart, QuantizationConfig, QuantizedLayer, write_manifest
 from .model_card import model_card
 
 SHARD_BYTES = 4 << 30
@@ -47,7 +49,7 @@ class Applied:
     Attributes:
         manifest: its ``msq.yaml``.
         memory_bytes: packed bytes of the planned layers on disk.
-        errors: measured normalised error of each layer.
+        errors: measured normalised error of each layer, the proxy error where there are Hessians.
     """
 
     manifest: CheckpointManifest
@@ -55,31 +57,58 @@ class Applied:
     errors: dict[str, float]
 
 
-def apply_plan(model_dir: Path, plan: Plan, out: Path, *, device: str = "cpu") -> Applied:
+def work_directory(out: Path) -> Path:
+    """Where the Hessians of a checkpoint are kept until it is finished."""
+    return out.absolute().with_name(f"{out.absolute().name}.work")
+
+
+def apply_plan(
+    model_dir: Path, plan: Plan, out: Path, *, device: str = "cpu", hessian: Calibration | None = None
+) -> Applied:
     """Quantize a model as planned.
 
     Args:
         model_dir: the model that was profiled.
         out: the checkpoint's directory; must not exist, or be empty.
         device: where to encode.
+        hessian: tokens to collect Hessians on, for error feedback; None quantizes data-free.
 
     Raises:
-        PlanError: the plan is for another model.
+        PlanError: the plan is for another model, or promises Hessians and there are none.
+        ProfileError: `work_directory(out)` holds other Hessians.
         CheckpointError: `out` is taken, can't be written, or its bytes are not the promised ones.
     """
     where = choose_device(device)
     info = inventory(model_dir, name=plan.model.name)
     _check_model(plan, info, model_dir)
+    if plan.profile.error == "proxy" and hessian is None:
+        raise PlanError(
+            "the plan's errors are those of quantization under Hessians, which data-free quantization can't keep; add "
+            "--hessian, or plan with a profile of --error weights."
+        )
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; choose another --out, or remove it.")
+    hessians = None
+    if hessian is not None:
+        hessians = collect_hessians(
+            model_dir,
+            info,
+            hessian,
+            work_directory(out),
+            digest=plan.model.digest or model_digest(model_dir),
+            seed=plan.profile.seed,
+            device=where,
+        )
     draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         draft.mkdir(parents=True)
-        applied = _write(model_dir, plan, info, draft, where)
+        applied = _write(model_dir, plan, info, draft, where, hessian, hessians)
         if out.exists():
             out.rmdir()
         draft.rename(out)
+        if hessians is not None:
+            shutil.rmtree(hessians.directory)
     except (OSError, SafetensorError) as cause:
         raise CheckpointError(
             f"can't write the checkpoint {out}: {getattr(cause, 'strerror', None) or cause}."
@@ -102,7 +131,15 @@ def _check_model(plan: Plan, info: ModelInventory, model_dir: Path) -> None:
         )
 
 
-def _write(model_dir: Path, plan: Plan, info: ModelInventory, draft: Path, device: torch.device) -> Applied:
+def _write(
+    model_dir: Path,
+    plan: Plan,
+    info: ModelInventory,
+    draft: Path,
+    device: torch.device,
+    tokens: Calibration | None,
+    hessians: HessianFiles | None,
+) -> Applied:
     entries = {entry.layer: entry for entry in plan.layers}
     errors: dict[str, float] = {}
     described: dict[str, QuantizedLayer] = {}
@@ -115,11 +152,13 @@ def _write(model_dir: Path, plan: Plan, info: ModelInventory, draft: Path, devic
             for layer in info.layers:
                 spec = plan.spec(entries[layer.name].quantizer)
                 weight = read_weight(model_dir, layer).to(device)
+                moment = None if hessians is None else hessians.load(layer, device)
+                seed = input_seed(layer.fusion_group, plan.profile.seed)
                 try:
-                    quantized = quantize(weight, spec, rotation_seed=input_seed(layer.fusion_group, plan.profile.seed))
+                    quantized = quantize(weight, spec, rotation_seed=seed, hessian=moment)
                 except QuantizerError as cause:
                     raise CheckpointError(f"{layer.name}: {cause}") from cause
-                errors[layer.name] = normalized_error(weight, quantized)
+                errors[layer.name] = normalized_error(weight, quantized, moment)
                 sizes += quantized.size_bytes
                 described[layer.name] = QuantizedLayer(
                     quantizer=entries[layer.name].quantizer,
@@ -147,14 +186,17 @@ def _write(model_dir: Path, plan: Plan, info: ModelInventory, draft: Path, devic
             shutil.copyfile(path, draft / path.name)
     save_plan(plan, draft / PLAN_FILE)
     (draft / "README.md").write_text(model_card(plan), encoding="utf-8")
-    fields = {"msq_version": __version__, "model": plan.model.name, "memory_bytes": sizes}
+    part = (
+        None if tokens is None else HessianPart(tokens=tokens.windows.numel(), text=tokens.text, digest=tokens.digest)
+    )
+    fields = {"msq_version": __version__, "model": plan.model.name, "memory_bytes": sizes, "hessian": part}
     return Applied(write_manifest(draft, fields), sizes, errors)
 
 
 def _unplanned(model_dir: Path, info: ModelInventory) -> Iterator[tuple[str, Tensor]]:
     """Every stored tensor that the plan leaves as it is."""
     planned = {f"{layer.name}.weight" for layer in info.layers}
-    for path in _weight_files(model_dir):
+    for path in weight_files(model_dir):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if name not in planned:
@@ -164,14 +206,6 @@ def _unplanned(model_dir: Path, info: ModelInventory) -> Iterator[tuple[str, Ten
                             f"'{name}' in {path} holds NaN or infinite numbers; the model is corrupt."
                         )
                     yield name, tensor
-
-
-def _weight_files(model_dir: Path) -> list[Path]:
-    """The safetensors files that `inventory` read."""
-    if (model_dir / WEIGHTS_FILE).exists():
-        return [model_dir / WEIGHTS_FILE]
-    index = json.loads((model_dir / INDEX_FILE).read_text(encoding="utf-8"))
-    return [model_dir / name for name in sorted(set(index["weight_map"].values()))]
 
 
 def write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> None:

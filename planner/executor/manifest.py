@@ -66,11 +66,26 @@ class QuantizationConfig(_Part):
         return list(dict.fromkeys(layer.pattern for layer in self.layers.values()))
 
 
+class HessianPart(_Part):
+    """What the Hessians of a checkpoint's quantization were collected on.
+
+    Attributes:
+        tokens: how many.
+        text: name of the text; null for random tokens.
+        digest: SHA-256 of the tokens.
+    """
+
+    tokens: Annotated[int, Field(ge=1)]
+    text: Name | None
+    digest: Digest
+
+
 class CheckpointManifest(_Part):
     """``msq.yaml``.
 
     Attributes:
         memory_bytes: packed bytes of the planned layers, as promised and as stored.
+        hessian: what the weights were quantized under; null for data-free quantization.
         files: SHA-256 of every other file of the checkpoint.
     """
 
@@ -78,6 +93,7 @@ class CheckpointManifest(_Part):
     msq_version: Name
     model: Name
     memory_bytes: Annotated[int, Field(ge=1)]
+    hessian: HessianPart | None = None
     files: dict[Name, Digest] = Field(min_length=1)
 
 

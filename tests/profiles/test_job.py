@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from msq.kernels.specs import Family, QuantizerSpec
 from msq.profiles import job as job_module
 from msq.profiles.blockwise import BlockwiseModel, token_kl
 from msq.profiles.errors import ProfileError
+from msq.profiles.hessians import calibration, collect_hessians
 from msq.profiles.inventory import inventory
 from msq.profiles.job import ProfileSettings, run_profile
 from msq.profiles.journal import JOURNAL_FILE, Journal
@@ -90,6 +92,41 @@ def test_errors_are_those_of_the_quantized_weights(tiny_llama, tmp_path):
             assert table[layer.name, spec.label] == normalized_error(weight, quantized)
 
 
+def test_proxy_errors_are_those_of_quantization_under_the_hessians(tiny_llama, tmp_path):
+    settings = dataclasses.replace(SETTINGS, batch_sizes=(), error="proxy", tokens=640)
+    profile = run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
+    assert profile.errors is not None and profile.manifest.loss.error == "proxy"
+    assert not (tmp_path / "p" / "hessians").exists()
+    table = profile.errors.set_index(["layer", "quantizer"])["error"]
+    info = inventory(tiny_llama)
+    tokens = calibration(tiny_llama, None, tokens=640, window=32, seed=0)
+    files = collect_hessians(tiny_llama, info, tokens, tmp_path / "h", digest="d", seed=0, device=choose_device("cpu"))
+    for layer in info.layers[:4]:
+        weight = read_weight(tiny_llama, layer)
+        hessian = files.load(layer, choose_device("cpu"))
+        for spec in SPECS:
+            seed = input_seed(layer.fusion_group, 0)
+            aware = quantize(weight, spec, rotation_seed=seed, hessian=hessian)
+            assert table[layer.name, spec.label] == normalized_error(weight, aware, hessian)
+            assert table[layer.name, spec.label] < normalized_error(
+                weight, quantize(weight, spec, rotation_seed=seed), hessian
+            )
+
+
+def test_an_interrupted_proxy_job_keeps_its_hessians(tiny_llama, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SETTINGS, batch_sizes=(), error="proxy")
+    undisturbed = run_profile(tiny_llama, tmp_path / "whole", settings, name="tiny")
+    monkeypatch.setattr(job_module, "Journal", _Interrupting)
+    _Interrupting.left = 30
+    with pytest.raises(KeyboardInterrupt):
+        run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "p" / "hessians").glob("*.safetensors"))) == 2
+    monkeypatch.setattr("msq.profiles.hessians.StreamedModel", None)
+    profile = run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
+    pd.testing.assert_frame_equal(profile.errors, undisturbed.errors)
+
+
 class _Interrupting(Journal):
     """A journal whose owner is interrupted after some rows."""
 
@@ -161,6 +198,7 @@ def test_a_model_with_a_bad_weight_is_refused(tiny_llama, tmp_path, value):
         ({"batch_sizes": (1, 1)}, "distinct batch sizes"),
         ({"method": LossMethod.CALIBRATION_KL}, "calibration needs a text"),
         ({"device": "tpu9"}, "device"),
+        ({"error": "outputs"}, "weights or proxy; got 'outputs'"),
     ],
 )
 def test_bad_settings_are_refused(tiny_llama, tmp_path, changes, message):

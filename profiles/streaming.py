@@ -1,0 +1,143 @@
+"""A decoder that walks through a model one block at a time, with no more than one block in memory.
+
+The activations of all windows go through block 0, then through block 1, and so on; a block's weights are read from the
+safetensors files when it is due and dropped after it. Works on the stock models that `blockwise` works on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .errors import ProfileError
+from .inventory import weight_files
+from .models import load_config
+
+_TOKENS_AT_ONCE = 4096
+"""Tokens that run through a block together."""
+
+
+class StreamedModel:
+    """The activations of some windows, somewhere on their way through a model.
+
+    Attributes:
+        block: the block that runs next.
+        blocks: how many there are.
+    """
+
+    def __init__(self, directory: Path, tokens: Tensor, device: torch.device) -> None:
+        """Embeds the tokens.
+
+        Args:
+            tokens: ``(windows, length)`` int64.
+
+        Raises:
+            ProfileError: transformers can't build the model, or a tensor is missing, damaged or not finite.
+        """
+        from transformers import AutoModelForCausalLM
+
+        config = load_config(directory)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+        self.device = device
+        self._decoder = model.model.eval()
+        self._files = _tensor_files(directory)
+        self._directory = directory
+        self._load(self._decoder.embed_tokens, "model.embed_tokens.")
+        # Rotary frequencies are computed from the config, never stored.
+        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=config).to(device)
+        self._decoder.norm = nn.Identity()
+        self.block, self.blocks = 0, len(self._decoder.layers)
+        batches = tokens.split(max(1, _TOKENS_AT_ONCE // tokens.shape[1]))
+        self._arguments: list[list[dict[str, Any]]] = []
+        self._hidden = [self._embed(batch.to(device)) for batch in batches]
+
+    @torch.inference_mode()
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """What enters the first block, ``(windows, length, hidden_size)``; keeps every block's keyword arguments."""
+        arguments: list[dict[str, Any]] = []
+
+        def pass_on(hidden: Tensor, **keywords: Any) -> Tensor:
+            arguments.append(keywords)
+            return hidden
+
+        for block in self._decoder.layers:
+            block.forward = pass_on
+        try:
+            hidden: Tensor = self._decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        finally:
+            for block in self._decoder.layers:
+                del block.forward
+        self._arguments.append(arguments)
+        return hidden.cpu()
+
+    @torch.inference_mode()
+    def advance(self, watch: Mapping[str, Callable[[Tensor], None]]) -> None:
+        """Run all windows through the next block.
+
+        Args:
+            watch: by module path, what is called with each input ``(windows, length, in_features)`` of that layer.
+
+        Raises:
+            ProfileError: a tensor of the block is missing, damaged or not finite, or an activation is not finite.
+        """
+        prefix = f"model.layers.{self.block}."
+        module = self._decoder.layers[self.block]
+        self._load(module, prefix)
+        handles = [
+            module.get_submodule(name.removeprefix(prefix)).register_forward_pre_hook(_caller(see))
+            for name, see in watch.items()
+        ]
+        for number, (hidden, arguments) in enumerate(zip(self._hidden, self._arguments, strict=True)):
+            left = module(hidden.to(self.device), **arguments[self.block])
+            if not torch.isfinite(left).all():
+                raise ProfileError(f"block {self.block} gives NaN or infinite activations; the model is broken.")
+            self._hidden[number] = left.cpu()
+        for handle in handles:
+            handle.remove()
+        module.to("meta")
+        self.block += 1
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        """Give a module of the model its stored tensors; float32 on a CPU, as stored on a GPU."""
+        tensors = {}
+        for name in module.state_dict():
+            path = self._files.get(prefix + name)
+            if path is None:
+                raise ProfileError(
+                    f"{self._directory} has no tensor '{prefix}{name}'; the model is incomplete, download it again."
+                )
+            tensor = _read(path, prefix + name)
+            tensors[name] = tensor.to(self.device, torch.float32 if self.device.type == "cpu" else tensor.dtype)
+        module.load_state_dict(tensors, assign=True)
+
+
+def _caller(see: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _module, inputs: see(inputs[0])
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
+    """The safetensors file of every tensor of a model."""
+    files: dict[str, Path] = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except (SafetensorError, OSError) as cause:
+            raise ProfileError(
+                f"{path} is not a whole safetensors file ({cause}); it may be cut short, download it again."
+            ) from cause
+    return files
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    if not torch.isfinite(tensor).all():
+        raise ProfileError(f"'{name}' in {path} holds NaN or infinite numbers; the model is corrupt.")
+    return tensor

@@ -78,7 +78,9 @@ def profile(
     batch_sizes: Annotated[
         str, typer.Option(help='Batch sizes for latency, e.g. "1,8"; "none" leaves latency out.')
     ] = "1",
-    loss: Annotated[str, typer.Option(help="data-free or calibration.")] = "data-free",
+    loss: Annotated[
+        str, typer.Option(help="data-free or calibration (KL under noise), fisher (one backward pass), direct (swaps).")
+    ] = "data-free",
     text: Annotated[Path | None, typer.Option(help="Calibration text, UTF-8.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that the sensitivities see.")] = 16384,
     window: Window = 256,

@@ -14,8 +14,7 @@ import csv
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +37,7 @@ from ..profiles.models import choose_device, load_model, load_tokenizer, random_
 from ..profiles.options import parse_palette
 from ..profiles.quantizer_errors import read_weight
 from ..profiles.schema import MANIFEST_FILE
+from ..profiles.sensitivity import replaced
 from ..profiles.tables import Profile, load_profile
 from .demo import PALETTE, STATE_BITS, help_text_windows
 from .evaluate import evaluate
@@ -46,17 +46,6 @@ _SWAP_BITS = (2.0, 3.0, 4.0)
 """Rates of the single-layer swaps: of each, the palette's quantizer of least error on N(0,1)."""
 _FRESH_SEED = 1_000_003
 """Seed of the random tokens on which swaps are measured besides the text."""
-
-
-@contextmanager
-def swapped(layer: nn.Linear, values: Tensor) -> Iterator[None]:
-    """Other weights for a layer inside a `with` block."""
-    original = layer.weight.data
-    layer.weight.data = values.to(original.dtype)
-    try:
-        yield
-    finally:
-        layer.weight.data = original
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ def single_layer_swaps(model: nn.Module, directory: Path, profile: Profile, wind
         weight = read_weight(directory, layer).to(device)
         for label in labels:
             quantized = quantize(weight, profile.spec(label), rotation_seed=input_seed(layer.fusion_group, seed))
-            with swapped(cast(nn.Linear, model.get_submodule(layer.name)), dequantize(quantized)):
+            with replaced(model.get_parameter(f"{layer.name}.weight"), dequantize(quantized)):
                 kl = [
                     float(blockwise.kl_per_window(recording, blockwise.resume(recording, layer.block)).mean())
                     for recording in recordings

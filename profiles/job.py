@@ -18,23 +18,25 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from .. import __version__
 from ..kernels.specs import QuantizerSpec
 from .errors import ProfileError
 from .files import sha256_file
+from .fisher import measure_fisher
 from .hessians import Calibration, calibration, collect_hessians
-from .inventory import ModelInventory, inventory
+from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal
 from .latency import measure_latency, measure_overhead
 from .models import choose_device, load_model
 from .quantizer_errors import measure_errors, measured_gaussian_error
 from .schema import MANIFEST_FILE, DevicePart, LatencyPart, LossMethod, LossPart, ModelPart, ProfileManifest
-from .sensitivity import measure_sensitivities
+from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, save_profile
 from .timing import timer_for
 
+_BY_NOISE = (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL)
 HESSIANS_DIR = "hessians"
 """Inside the output directory while a job with proxy errors runs."""
 
@@ -45,8 +47,8 @@ class ProfileSettings:
 
     Attributes:
         specs: the palette.
-        method: data-free KL on random tokens, or KL on a calibration text.
-        text: the calibration text, with that method only.
+        method: KL under noise on random tokens (data-free) or on a calibration text; Fisher and direct take either.
+        text: the calibration text, UTF-8; None for random tokens.
         batch_sizes: for latency; empty leaves latency out.
         tokens: about how many the sensitivities see; rounded down to whole windows, of which there are at least two.
         window: tokens of a window.
@@ -73,9 +75,9 @@ class ProfileSettings:
     error: str = "weights"
 
     def __post_init__(self) -> None:
-        if self.method not in (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL):
-            raise ProfileError(f"sensitivities are measured by data_free_kl or calibration_kl; got {self.method}.")
-        if (self.text is not None) != (self.method is LossMethod.CALIBRATION_KL):
+        if self.method is LossMethod.CALIBRATION_LOSS:
+            raise ProfileError(f"sensitivities are measured by KL, Fisher or direct swaps; got {self.method}.")
+        if self.method in _BY_NOISE and (self.text is not None) != (self.method is LossMethod.CALIBRATION_KL):
             raise ProfileError(
                 "calibration needs a text (--text FILE), and data-free sensitivities take none; "
                 f"got method {self.method} and text {self.text}."
@@ -157,15 +159,7 @@ def _measure(
     layers = model_info.layers
     windows = tokens.windows
     model = load_model(model_dir, device)
-    sensitivities = measure_sensitivities(
-        model,
-        layers,
-        windows,
-        noise=settings.noise,
-        seed=settings.seed,
-        windows_per_group=settings.windows_per_group,
-        journal=journal,
-    )
+    sensitivities = _sensitivities(model, layers, windows, settings, journal)
     overhead = _overhead(model, settings, model_info, device, journal)
     dtype = next(model.parameters()).dtype
     del model
@@ -202,11 +196,12 @@ def _measure(
             method=settings.method,
             error="proxy" if hessians else "measured",
             tokens=windows.numel(),
-            noise=settings.noise,
+            noise=settings.noise if settings.method in _BY_NOISE else None,
             seed=settings.seed,
             sequences=windows.shape[0],
             sequence_length=windows.shape[1],
             text=tokens.text,
+            quantizer=middle_quantizer(settings.specs).label if settings.method is LossMethod.DIRECT else None,
         ),
         latency=LatencyPart(batch_sizes=settings.batch_sizes, overhead_us=overhead) if settings.batch_sizes else None,
         software={
@@ -244,6 +239,22 @@ def _measure(
         errors=pd.DataFrame(error_rows, columns=["layer", "quantizer", "error", "size_bytes"]),
         latency=pd.DataFrame(latency_rows, columns=list(latency_columns)) if latency_rows else None,
     )
+
+
+def middle_quantizer(specs: Sequence[QuantizerSpec]) -> QuantizerSpec:
+    """The quantizer that direct sensitivities swap in: of a palette, the one in the middle by bits."""
+    return sorted(specs, key=lambda spec: (spec.bits, spec))[len(specs) // 2]
+
+
+def _sensitivities(
+    model: nn.Module, layers: Sequence[LayerInfo], windows: Tensor, settings: ProfileSettings, journal: Journal
+) -> dict[str, Sensitivity]:
+    shared: dict[str, Any] = {"seed": settings.seed, "windows_per_group": settings.windows_per_group}
+    if settings.method is LossMethod.FISHER:
+        return measure_fisher(model, layers, windows, journal=journal, **shared)
+    if settings.method is LossMethod.DIRECT:
+        return measure_direct(model, layers, windows, spec=middle_quantizer(settings.specs), journal=journal, **shared)
+    return measure_sensitivities(model, layers, windows, noise=settings.noise, journal=journal, **shared)
 
 
 def _overhead(

@@ -8,14 +8,19 @@ from ..kernels.specs import QuantizerSpec, default_palette, match_labels
 from .errors import ProfileError
 from .schema import LossMethod
 
-_LOSS_METHODS = {"data-free": LossMethod.DATA_FREE_KL, "calibration": LossMethod.CALIBRATION_KL}
+_LOSS_METHODS = {
+    "data-free": LossMethod.DATA_FREE_KL,
+    "calibration": LossMethod.CALIBRATION_KL,
+    "fisher": LossMethod.FISHER,
+    "direct": LossMethod.DIRECT,
+}
 
 
 def parse_loss_method(text: str) -> LossMethod:
-    """``data-free`` or ``calibration``.
+    """``data-free``, ``calibration``, ``fisher`` or ``direct``.
 
     Raises:
-        ProfileError: neither.
+        ProfileError: none of them.
     """
     if text not in _LOSS_METHODS:
         close = difflib.get_close_matches(text, _LOSS_METHODS, n=1)

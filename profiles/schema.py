@@ -32,12 +32,13 @@ Scalar = str | int | float | bool | None
 
 
 class LossMethod(StrEnum):
-    """How sensitivities were estimated (arXiv 2509.20214, section 3; Fisher: one backward pass)."""
+    """How sensitivities were estimated: arXiv 2509.20214, section 3; see `sensitivity` and `fisher`."""
 
     DATA_FREE_KL = "data_free_kl"
     CALIBRATION_KL = "calibration_kl"
     CALIBRATION_LOSS = "calibration_loss"
     FISHER = "fisher"
+    DIRECT = "direct"
 
 
 ErrorKind = Literal["gaussian", "measured", "proxy"]
@@ -78,6 +79,7 @@ class LossPart(_Part):
         tokens: tokens that the estimate saw.
         noise: relative size of the perturbation, ‖δW‖/‖W‖, where the method perturbs.
         text: the calibration text, where the method reads one.
+        quantizer: that the layers were swapped for, where the method is direct.
     """
 
     method: LossMethod
@@ -88,6 +90,7 @@ class LossPart(_Part):
     sequences: int | None = Field(default=None, ge=1)
     sequence_length: int | None = Field(default=None, ge=1)
     text: Name | None = None
+    quantizer: Name | None = None
 
 
 class LatencyPart(_Part):

@@ -10,16 +10,11 @@ loss a_l * err with the measured KL. The text is Python's help topics unless `--
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
@@ -31,7 +26,7 @@ from ..planner.executor.load import load_checkpoint
 from ..planner.solve import find_plan
 from ..profiles.blockwise import BlockwiseModel
 from ..profiles.inventory import inventory
-from ..profiles.job import ProfileSettings, describe_device, run_profile
+from ..profiles.job import ProfileSettings, run_profile
 from ..profiles.model_source import resolve_model
 from ..profiles.models import choose_device, load_model, load_tokenizer, random_windows, token_windows
 from ..profiles.options import parse_palette
@@ -41,6 +36,7 @@ from ..profiles.sensitivity import replaced
 from ..profiles.tables import Profile, load_profile
 from .demo import PALETTE, STATE_BITS, help_text_windows
 from .evaluate import evaluate
+from .records import environment, write_csv
 
 _SWAP_BITS = (2.0, 3.0, 4.0)
 """Rates of the single-layer swaps: of each, the palette's quantizer of least error on N(0,1)."""
@@ -148,7 +144,7 @@ def main() -> None:
             results.append(
                 (f"{budget}: KL of the plan over that of the uniform scheme", kl[arguments.solver] / kl["uniform"])
             )
-            _write(arguments.out, ["fact", "value"], results)
+            write_csv(arguments.out, ["fact", "value"], results)
         swaps = single_layer_swaps(model, directory, profile, windows[: arguments.swap_windows])
     promised = [swap.promised for swap in swaps]
     on_text, on_random = ([getattr(swap, name) for swap in swaps] for name in ("kl_text", "kl_random"))
@@ -157,18 +153,11 @@ def main() -> None:
         ("Spearman of promised and measured KL, text", float(spearmanr(promised, on_text).statistic)),
         ("Spearman of promised and measured KL, random tokens", float(spearmanr(promised, on_random).statistic)),
     ]
-    _write(arguments.out, ["fact", "value"], results)
+    write_csv(arguments.out, ["fact", "value"], results)
     names = [field.name for field in fields(Swap)]
-    _write(arguments.out.with_name(f"{arguments.out.stem}_swaps.csv"), names, [astuple(swap) for swap in swaps])
+    write_csv(arguments.out.with_name(f"{arguments.out.stem}_swaps.csv"), names, [astuple(swap) for swap in swaps])
     for name, value in results:
         print(f"{name}: {value}")
-
-
-def _write(path: Path, header: list[str], rows: Sequence[tuple[object, ...]]) -> None:
-    with path.open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(header)
-        table.writerows(rows)
 
 
 def _profile(arguments: argparse.Namespace, directory: Path, scratch: Path) -> Profile:
@@ -180,16 +169,11 @@ def _profile(arguments: argparse.Namespace, directory: Path, scratch: Path) -> P
 
 
 def _facts(arguments: argparse.Namespace, windows: Tensor) -> list[tuple[str, object]]:
-    describe = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     text = "pydoc_data.topics" if arguments.text is None else arguments.text.name
     return [
         ("model", arguments.model),
         ("text", f"{text}, {windows.numel()} tokens"),
-        ("python", platform.python_version()),
-        ("torch", torch.__version__),
-        ("device", describe_device(choose_device(arguments.device)).name),
-        ("commit", arguments.commit or found.stdout.strip() or "not in a git checkout"),
+        *environment(arguments.device, arguments.commit).items(),
     ]
 
 

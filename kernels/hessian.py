@@ -104,6 +104,15 @@ class Hessian:
         factor: Tensor = unit.transpose(0, 1).flatten(1).float()
         return factor
 
+    def feedback_power(self, block: int) -> float:
+        """What feedback adds to the mean square of a row's targets, per mean square of its errors; 0 for an identity.
+
+        Args:
+            block: as of `factor`.
+        """
+        factor = self.factor(block)
+        return (float(factor.double().square().sum()) - len(factor)) / self.size
+
     def weigh(self, errors: Tensor) -> float:
         """``tr(E H E^T)`` of errors in the same basis, ``(rows, size)``, undamped; float64 sums."""
         return float(((errors.float() @ self.matrix.to(errors.device)) * errors).sum(dtype=torch.float64))

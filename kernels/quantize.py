@@ -6,6 +6,7 @@ Pure functions on tensors, any torch device. `QuantizedWeight` is what a checkpo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .codebooks import codebook as shipped_codebook
+from .codebooks import gaussian_error
 from .errors import QuantizerError
 from .hessian import Hessian
 from .ldlq import encode_with_feedback
@@ -136,8 +138,8 @@ def quantize(
 
     Rotated families: rotate the input dimension, divide each row by its root mean square, encode, then refit the row
     scale by least squares. `int` is round-to-nearest on a symmetric grid, the row's range chosen by least squares.
-    A Hessian adds error feedback between columns (see `ldlq`) and weights the least squares; the packed format is the
-    same, and so are the codes where the Hessian is the identity.
+    A Hessian adds error feedback between columns (see `ldlq`), widens the rows' range for it, and weights the least
+    squares; the packed format is the same, and so is every bit where the Hessian is the identity.
 
     Args:
         weight: ``(out_features, in_features)``, any float dtype.
@@ -168,7 +170,7 @@ def quantize(
         scales = _best_int_steps(values, int(spec.bits), hessian)
     else:
         seed, values = rotation_seed, rotate(values, rotation_seed)
-        scales = values.square().mean(dim=1).sqrt()
+        scales = values.square().mean(dim=1).sqrt() * _target_rms(spec, hessian)
     if float(scales.max()) > _LARGEST_FP16:
         raise QuantizerError(
             f"expected row scales up to {_LARGEST_FP16:.0f} (fp16); a row needs {float(scales.max()):.3g}: "
@@ -193,6 +195,15 @@ def quantize(
     power = (unit_values * weighted).sum(dim=1)
     refit = torch.where(power > 0, (values * weighted).sum(dim=1) / power, 0.0)
     return QuantizedWeight(spec, rows, columns, seed, draft.packed, refit.clamp(0, _LARGEST_FP16).half(), table)
+
+
+def _target_rms(spec: QuantizerSpec, hessian: Hessian | None) -> float:
+    """Root mean square of what is encoded, relative to the weights: feedback adds to them, at most as much again."""
+    if hessian is None:
+        return 1.0
+    error = gaussian_error(spec)
+    error = 2 ** (-2 * spec.bits) if error is None else error
+    return math.sqrt(1 + min(1.0, error * hessian.feedback_power(coders(spec)[0].block)))
 
 
 def _check_basis(hessian: Hessian, spec: QuantizerSpec, in_features: int, rotation_seed: int) -> None:

@@ -2,9 +2,9 @@
 
 To second order the KL divergence of a small change dw is half ``dw^T F dw`` with F the Fisher information, which for a
 softmax output is the Gauss-Newton matrix. Its trace over a layer is the expected squared norm of the gradient of
-``log p(y | x)`` with labels y drawn from the model itself, not from the text. Labels of different tokens are independent
-given the input and scores are zero on average, so the gradient of the sum over all tokens of a group, one backward pass,
-gives an unbiased estimate of the sum of their traces. Errors of a rotated weight know no direction, so that
+``log p(y | x)`` with labels y drawn from the model itself, not from the text. Labels of different tokens are
+independent given the input and scores are zero on average, so the gradient of the sum over all tokens of a group, one
+backward pass, gives an unbiased estimate of the sum of their traces. Errors of a rotated weight know no direction, so
 
     KL per token ~ a_l * |dW|^2 / |W|^2,     a_l = 1/2 * (trace of F_l per token) * |W|^2 / (out * in).
 """

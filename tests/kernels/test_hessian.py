@@ -82,6 +82,24 @@ def test_feedback_inside_a_tile_column_gains_over_feedback_between_tile_columns(
     assert fine < 0.97 * coarse
 
 
+@pytest.mark.parametrize("label", ["nuq-2", "vq-1.5"])
+def test_a_range_that_leaves_room_for_feedback_gains_at_low_rates(label, monkeypatch):
+    hessian = rotated_hessian(correlated_inputs(2000, 128))
+    weight = torch.randn(2048, 128, generator=torch.Generator().manual_seed(8))
+    roomy = normalized_error(weight, quantize(weight, SHORT[label], rotation_seed=SEED, hessian=hessian), hessian)
+    monkeypatch.setattr(Hessian, "feedback_power", lambda *_: 0.0)
+    tight = normalized_error(weight, quantize(weight, SHORT[label], rotation_seed=SEED, hessian=hessian), hessian)
+    assert roomy < 0.995 * tight
+
+
+def test_feedback_power_is_the_variance_that_feedback_adds():
+    hessian = rotated_hessian(correlated_inputs(2000, 128))
+    assert Hessian(torch.eye(40), SEED).feedback_power(16) == 0
+    errors = torch.randn(512, 128, generator=torch.Generator().manual_seed(9))
+    added = errors @ (hessian.factor(2) - torch.eye(128))
+    assert hessian.feedback_power(2) == pytest.approx(float(added.square().mean()), rel=0.05)
+
+
 def test_an_isotropic_error_has_the_same_normalised_error_in_either_measure():
     hessian = rotated_hessian(correlated_inputs(3000, 256))
     weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(4))

@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 from functools import cache
 
+import numpy as np
+import numpy.typing as npt
+
+from ..solvers.problem import Problem
+from ..solvers.reach import fits
 from .plan import PlannedLayer
 from .problem_builder import REFERENCE, BuiltProblem, match_patterns, signatures
+
+Integers = npt.NDArray[np.int64]
 
 
 def assign(built: BuiltProblem, columns: list[int]) -> list[PlannedLayer]:
@@ -88,3 +95,23 @@ def _fastest_partition(
         return min(answers, default=(len(labels) + 1, math.inf, ()))
 
     return best((1 << len(labels)) - 1)[2]
+
+
+def fastest_kernels(problem: Problem, plan: Integers) -> Integers:
+    """The plan's quantizers on the kernels and fusions that use least, of caps taken together; (chosen,) columns.
+
+    A solver minimises the loss alone, so of plans with the same quantizers it may return any that meets the caps.
+    """
+    first = np.concatenate(([0], np.cumsum(problem.group_sizes)))
+    bits = np.arange(int(problem.group_sizes.max()))
+    column, bit = np.nonzero((problem.mask[:, None] >> bits & 1).astype(bool))
+    layer = first[problem.group[column]] + bit
+    chosen = np.empty(int(first[-1]), dtype=np.int64)
+    of_plan = np.isin(column, plan)
+    chosen[layer[of_plan]] = problem.choice[column[of_plan]]
+    differs = np.bincount(column, problem.choice[column] != chosen[layer], problem.columns) > 0
+    scale = np.where(problem.caps > 0, problem.caps, 1.0)
+    use = (problem.usage / scale[:, None]).sum(axis=0)
+    _, faster = problem.structure.evaluate(np.where(differs, float(use.sum()) + 1.0, use))
+    kept = not differs[faster].any() and fits(problem, faster) and use[faster].sum() < use[plan].sum()
+    return np.asarray(np.sort(faster) if kept else plan)

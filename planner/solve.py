@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from .budget import Budget
 from .constraints import Constrained, Constraint, constrain
 from .errors import PlanError
 from .infeasible import no_plan
-from .kernel_choice import assign
+from .kernel_choice import assign, fastest_kernels
 from .plan import (
     Plan,
     PlanBudget,
@@ -135,12 +135,14 @@ def find_plan(
         raise PlanError(f"{str(cause).rstrip('.')}.") from cause
     if solution.columns is None:
         raise PlanError(f"solver '{solution.solver}' lost its plan; report this.")
+    columns = fastest_kernels(constrained.problem, solution.columns)
+    solution = replace(solution, columns=columns)
     plan = plan_of(built, constrained.restore(solution))
     report = plan.solver.model_copy(update={"columns": constrained.problem.columns})
     texts = tuple(one.text for one in constrained.constraints)
     plan = plan.model_copy(update={"constraints": texts, "robustness": robustness, "solver": report})
     remarks = tuple(str(solution.stats[name]) for name in ("rejected", "remark") if name in solution.stats)
-    return Planned(plan, constrained, solution.columns, backend, remarks)
+    return Planned(plan, constrained, columns, backend, remarks)
 
 
 def default_solver(problem: Problem) -> str:

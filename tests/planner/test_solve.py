@@ -277,3 +277,15 @@ def test_row_order_does_not_change_the_plan(
         first, second = plan_for(profile, *budgets), plan_for(other, *budgets)
         assert first.layers == second.layers
         assert first.promised == second.promised
+
+
+def test_kernels_are_the_fastest_of_the_chosen_quantizers(profile: Profile) -> None:
+    """A latency budget with room to spare doesn't leave slower kernels than no latency budget at all."""
+    free = find_plan(profile, parse_budgets(["memory=3bpw"])).plan
+    for solver in ("exact", "lagrangian", "scip", "uniform"):
+        roomy = find_plan(profile, parse_budgets(["memory=3bpw", "latency=1s"]), solver=solver).plan
+        own = {entry.layer: entry.quantizer for entry in roomy.layers}
+        if own == {entry.layer: entry.quantizer for entry in free.layers}:
+            assert roomy.promised.latency_us[1] == pytest.approx(free.promised.latency_us[1])
+        if solver == "exact":
+            assert own == {entry.layer: entry.quantizer for entry in free.layers}

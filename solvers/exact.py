@@ -31,7 +31,7 @@ from .structure import Integers, Segments
 FIRST_COLUMNS = 60
 """Columns above the best ones at which delta starts."""
 GROWTH = 2.0
-"""Factor of delta from round to round; its square with one resource, whose programme grows slowly."""
+"""Factor of delta from round to round; its cube with one resource, whose programme grows slowly."""
 POLISHED = 500_000
 """Columns up to which the programme goes on below the asked gap; beyond, every round takes a tenth of a second."""
 NEAR = 0.05
@@ -119,7 +119,7 @@ class _Proof:
         self.deviations = column_deviations(problem.structure, self.cost)
         self.best = _Best()
         self.delta = self._first_delta()
-        self.growth = GROWTH if np.count_nonzero(dual.multipliers) > 1 else GROWTH**2
+        self.growth = GROWTH if np.count_nonzero(dual.multipliers) > 1 else GROWTH**3
         self.stats: Stats = {"evaluations": dual.evaluations, "dual_bound": self.lower_bound}
         for plan in dual.plans:
             self._offer(plan)

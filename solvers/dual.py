@@ -111,6 +111,8 @@ def _along(problem: Problem, resource: int, cheapest: tuple[float, Floats], lean
     prices = np.zeros(problem.resources)
     while len(plans) < MAX_STEPS and not clock.over and over[1][resource] > under[1][resource]:
         price = max(0.0, (under[0] - over[0]) / float(over[1][resource] - under[1][resource]))
+        if plans and price == prices[resource]:  # rounding hides that the pieces meet
+            break
         prices[resource] = price
         value, loss, excess, plan = _evaluate(problem, prices)
         plans.append(plan)

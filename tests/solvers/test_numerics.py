@@ -6,7 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from msq.experiments.instances import DEEPSEEK_V3, generate
 from msq.solvers import partitions
+from msq.solvers.clock import Clock
+from msq.solvers.dual import solve_dual
 from msq.solvers.errors import SolverError
 from msq.solvers.registry import get_solver
 from msq.solvers.solution import Status
@@ -73,3 +76,12 @@ def test_numbers_beyond_all_measure_are_refused(make) -> None:
         make([(0, 1, 0, 1e150, [1.0])], [1.0])
     with pytest.raises(SolverError, match="expected a number that is 0 or between"):
         make([(0, 1, 0, 1.0, [1e-200])], [1.0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_dual_of_many_groups_ends(seed) -> None:
+    """Rounding in long sums must not keep the search for one price from seeing that it has ended."""
+    problem = generate(DEEPSEEK_V3, 6, quantizers=12, bits_per_weight=3.25, latency=0.8, seed=seed)
+    found = solve_dual(problem, Clock())
+    assert found.evaluations < 150
+    assert found.value > 0 and (found.multipliers >= 0).all()

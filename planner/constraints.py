@@ -29,7 +29,6 @@ from ..kernels.errors import QuantizerError
 from ..kernels.specs import match_labels
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
-from ..solvers.structure import Segments
 from .budget import parse_budget
 from .errors import PlanError
 from .problem_builder import BuiltProblem
@@ -136,6 +135,8 @@ def constrain(built: BuiltProblem, constraints: Sequence[Constraint]) -> Constra
     Raises:
         PlanError: a constraint selects no layer or no quantizer, or leaves a layer without a candidate.
     """
+    if not constraints:
+        return Constrained(built, built.problem, np.arange(built.problem.columns))
     names = built.profile.layer_names
     cover = _Cover(built)
     kept = np.ones(built.problem.columns, dtype=bool)
@@ -171,10 +172,7 @@ class _Cover:
 
     def __init__(self, built: BuiltProblem) -> None:
         problem = built.problem
-        bits = np.arange(int(problem.group_sizes.max()))
-        covered = (problem.mask[:, None] >> bits & 1).astype(bool)
-        self.column, bit = np.nonzero(covered)
-        self.layer = built.group_start[problem.group[self.column]] + bit
+        self.column, self.layer = problem.covers(np.arange(problem.columns))
         self.columns = problem.columns
         self.built = built
 
@@ -247,14 +245,7 @@ def _device_cap(constraint: Constraint, built: BuiltProblem, layers: Booleans) -
 
 def _check_cover(built: BuiltProblem, kept: Booleans, constraint: Constraint) -> None:
     """Names a layer that is left without a candidate."""
-    problem = built.problem
-    columns = np.flatnonzero(kept)
-    present = np.unique(problem.group[columns])
-    bad = np.setdiff1d(np.arange(problem.groups), present)
-    if not bad.size:
-        bad = Segments.build(problem.group[columns], problem.mask[columns], problem.groups).uncoverable(
-            problem.group_sizes
-        )
+    bad = built.problem.uncovered_groups(np.flatnonzero(kept))
     if bad.size:
         layer = built.profile.layer_names[int(built.group_start[bad[0]])]
         raise PlanError(
@@ -277,17 +268,12 @@ def _problem(
     names = [name for name, _, _ in caps]
     labels, counts = np.unique(same[same >= 0], return_counts=True)
     same = np.where(np.isin(same, labels[counts > 1]), same, -1)
-    return dataclasses.replace(
-        old,
-        group=old.group[columns],
-        mask=old.mask[columns],
-        choice=old.choice[columns],
-        loss=old.loss[columns],
+    return old.with_columns(
+        columns,
         usage=np.vstack(usage)[:, columns],
         caps=np.concatenate((old.caps, [cap for _, cap, _ in caps])),
         base=np.concatenate((old.base, np.zeros(len(caps)))),
         resource_names=(*old.resource_names, *names),
-        column_bits=None if old.column_bits is None else old.column_bits[columns],
         same_choice=same if (same >= 0).any() else None,
         max_choices=distinct,
     )

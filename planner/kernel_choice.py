@@ -102,13 +102,10 @@ def fastest_kernels(problem: Problem, plan: Integers) -> Integers:
 
     A solver minimises the loss alone, so of plans with the same quantizers it may return any that meets the caps.
     """
-    first = np.concatenate(([0], np.cumsum(problem.group_sizes)))
-    bits = np.arange(int(problem.group_sizes.max()))
-    column, bit = np.nonzero((problem.mask[:, None] >> bits & 1).astype(bool))
-    layer = first[problem.group[column]] + bit
-    chosen = np.empty(int(first[-1]), dtype=np.int64)
-    of_plan = np.isin(column, plan)
-    chosen[layer[of_plan]] = problem.choice[column[of_plan]]
+    chosen = np.empty(int(problem.group_sizes.sum()), dtype=np.int64)
+    position, layer = problem.covers(plan)
+    chosen[layer] = problem.choice[plan[position]]
+    column, layer = problem.covers(np.arange(problem.columns))
     differs = np.bincount(column, problem.choice[column] != chosen[layer], problem.columns) > 0
     scale = np.where(problem.caps > 0, problem.caps, 1.0)
     use = (problem.usage / scale[:, None]).sum(axis=0)

@@ -267,9 +267,7 @@ class _LayerErrors:
     def __init__(self, constrained: Constrained) -> None:
         built, problem = constrained.built, constrained.problem
         self.columns, self.layers = problem.columns, len(built.profile.layers)
-        bits = np.arange(int(problem.group_sizes.max()))
-        self.column, bit = np.nonzero((problem.mask[:, None] >> bits & 1).astype(bool))
-        self.layer = built.group_start[problem.group[self.column]] + bit
+        self.column, self.layer = problem.covers(np.arange(problem.columns))
         self.choice = problem.choice.astype(np.int64)
         labels = np.array([built.profile.labels.index(label) for label in built.labels])
         self.error = built.profile.error_matrix[self.layer, labels[self.choice[self.column]]]

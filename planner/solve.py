@@ -135,8 +135,10 @@ def find_plan(
         raise PlanError(f"{str(cause).rstrip('.')}.") from cause
     if solution.columns is None:
         raise PlanError(f"solver '{solution.solver}' lost its plan; report this.")
-    columns = fastest_kernels(constrained.problem, solution.columns)
-    solution = replace(solution, columns=columns)
+    columns = solution.columns
+    if any(budget.batch_size is not None for budget in built.budgets):  # else `plan_of` chooses all kernels
+        columns = fastest_kernels(constrained.problem, columns)
+        solution = replace(solution, columns=columns)
     plan = plan_of(built, constrained.restore(solution))
     report = plan.solver.model_copy(update={"columns": constrained.problem.columns})
     texts = tuple(one.text for one in constrained.constraints)

@@ -26,7 +26,7 @@ from .programme import search
 from .reach import fits, usable_caps
 from .residual import solve_residual
 from .solution import Limit, Stats, relative_gap
-from .structure import Integers, Segments
+from .structure import Integers
 
 FIRST_COLUMNS = 60
 """Columns above the best ones at which delta starts."""
@@ -70,23 +70,12 @@ class ExactSolver(Solver):
 
         Columns far above a cap would drown the others' uses in rounding.
         """
-        group, mask = problem.group[columns], problem.mask[columns]
-        bare = np.unique(group).size < problem.groups
-        if bare or Segments.build(group, mask, problem.groups).uncoverable(problem.group_sizes).size:
+        if problem.uncovered_groups(columns).size:
             return Answer(infeasible=True, lower_bound=math.inf, stats={"infeasible_by": "columns above a cap"})
-        part = replace(
-            problem,
-            group=group,
-            mask=mask,
-            choice=problem.choice[columns],
-            loss=problem.loss[columns],
-            usage=problem.usage[:, columns],
-            column_bits=None if problem.column_bits is None else problem.column_bits[columns],
-        )
         warm = options.warm_start
         if warm is not None:
             warm = np.searchsorted(columns, warm) if np.isin(warm, columns).all() else None
-        answer = self._solve(part, replace(options, warm_start=warm))
+        answer = self._solve(problem.with_columns(columns), replace(options, warm_start=warm))
         if answer.columns is not None:
             answer.columns = columns[answer.columns]
         return answer
@@ -113,9 +102,9 @@ class _Proof:
         self.problem, self.options = problem, options
         self.multipliers = dual.multipliers
         self.cost = priced(problem, dual.multipliers)
-        value = problem.structure.evaluate(self.cost)[0] - float(dual.multipliers @ problem.room)
-        self.dual = value
-        self.lower_bound = max(value, dual.value)
+        self.least_cost = problem.structure.evaluate(self.cost)[0]
+        self.dual = self.least_cost - float(dual.multipliers @ problem.room)
+        self.lower_bound = max(self.dual, dual.value)
         self.deviations = column_deviations(problem.structure, self.cost)
         self.best = _Best()
         self.delta = self._first_delta()
@@ -173,8 +162,6 @@ class _Proof:
         """
         delta = self._capped(self.delta)
         rounds = int(self.stats.get("rounds", 0))
-        evaluate = self.problem.structure.evaluate
-        most = (-evaluate(-self.cost)[0] - evaluate(self.cost)[0]) * (1 + 1e-9)  # that any plan deviates
         while self._gap() > goal:
             if self.options.clock.over:
                 return False
@@ -191,7 +178,7 @@ class _Proof:
             self.stats |= {"states": found.states, "pairs": found.pairs}
             if found.complete and sound:
                 self.lower_bound = max(self.lower_bound, min(self.dual + delta, self.best.loss))
-                if delta >= most and self.best.columns is None:
+                if self.best.columns is None and delta >= self._most():
                     return True
                 delta = self._capped(self._grown(delta, found.least))
                 continue
@@ -201,6 +188,10 @@ class _Proof:
                 return False
             delta = self._capped(delta)
         return True
+
+    def _most(self) -> float:
+        """That any plan deviates."""
+        return (-self.problem.structure.evaluate(-self.cost)[0] - self.least_cost) * (1 + 1e-9)
 
     def _grown(self, delta: float, least: float) -> float:
         """The next delta: partial plans become many with what it leaves above the least that a plan deviates by."""

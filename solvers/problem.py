@@ -11,15 +11,15 @@ columns and any number of resources. Nothing here knows what a quantizer or a mi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .errors import SolverError
-from .structure import Floats, Integers, Segments, Structure, full_mask
+from .structure import Floats, Integers, Segments, Structure, full_mask, offsets
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
@@ -132,6 +132,29 @@ class Problem:
         """
         return Structure.build(self.segments, self.group_sizes)
 
+    def uncovered_groups(self, columns: Integers) -> Integers:
+        """Groups that `columns` (ascending) don't cover; ascending."""
+        return Segments.build(self.group[columns], self.mask[columns], self.groups).uncoverable(self.group_sizes)
+
+    def with_columns(self, columns: Integers, **changes: Any) -> Problem:
+        """The problem with some of its columns.
+
+        Args:
+            columns: ascending.
+            changes: other fields, as for `dataclasses.replace`.
+
+        Raises:
+            SolverError: they don't cover a group.
+        """
+        kept = {name: getattr(self, name) for name in _COLUMN_FIELDS if getattr(self, name) is not None}
+        return replace(self, **({name: array[..., columns] for name, array in kept.items()} | changes))
+
+    def covers(self, columns: Integers) -> tuple[Integers, Integers]:
+        """Every layer of every column: (position in `columns`, layer in group-major order), by position."""
+        bits = np.arange(int(self.group_sizes.max()))
+        position, bit = np.nonzero(self.mask[columns, None] >> bits & 1)
+        return position, offsets(self.group_sizes.astype(np.int64))[self.group[columns[position]]] + bit
+
     def _check_shapes(self) -> None:
         if self.group_sizes.ndim != 1 or self.groups == 0:
             raise SolverError(
@@ -219,8 +242,7 @@ class Problem:
                 "columns: expected them sorted by (group, mask), they aren't; apply "
                 "column_order(group, mask) to every array over columns"
             )
-        empty = np.setdiff1d(np.arange(self.groups), self.segments.group)
-        uncovered = empty if empty.size else self.segments.uncoverable(self.group_sizes)
+        uncovered = self.segments.uncoverable(self.group_sizes)
         if uncovered.size:
             raise SolverError(
                 f"group {uncovered[0]}: expected columns that together cover each of its "
@@ -247,6 +269,7 @@ _INTEGER_FIELDS: dict[str, type[np.signedinteger]] = {
     "group_sizes": np.int32,
     "same_choice": np.int64,
 }
+_COLUMN_FIELDS = ("group", "mask", "choice", "loss", "usage", "column_bits")
 _FLOAT_FIELDS = frozenset(("loss", "usage", "caps", "base", "layer_sensitivity", "layer_weights", "column_bits"))
 
 

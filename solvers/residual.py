@@ -102,13 +102,9 @@ def _relative(problem: Problem, values: Floats, base: Integers, columns: Integer
 
     A base column's value is shared out evenly over its layers.
     """
-    first = np.concatenate(([0], np.cumsum(problem.group_sizes)))
-    share = np.zeros(int(first[-1]))
-    bits = np.arange(int(problem.group_sizes.max()))
-    covers = (problem.mask[base][:, None] >> bits & 1).astype(bool)
-    row, bit = np.nonzero(covers)
-    share[first[problem.group[base[row]]] + bit] = (values[base] / covers.sum(axis=1))[row]
-    covers = (problem.mask[columns][:, None] >> bits & 1).astype(bool)
-    row, bit = np.nonzero(covers)
-    total = np.bincount(row, share[first[problem.group[columns[row]]] + bit], columns.size)
+    row, layer = problem.covers(base)
+    share = np.zeros(int(problem.group_sizes.sum()))
+    share[layer] = (values[base] / np.bincount(row))[row]
+    row, layer = problem.covers(columns)
+    total = np.bincount(row, share[layer], columns.size)
     return np.asarray(values[columns] - total)

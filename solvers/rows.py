@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .problem import Problem
-from .structure import Floats, Integers, offsets
+from .structure import Floats, Integers
 
 LOSS_SIZE = 1e3
 """The loss is scaled to this: SCIP's 1e-7 on reduced costs is then worth 1e-10 of it."""
@@ -96,7 +96,7 @@ def cover_rows(problem: Problem, columns: Integers) -> Any:
     """Which layers are covered by which of `columns`: scipy.sparse (layers, len(columns)), group-major layers."""
     from scipy import sparse
 
-    row, column = _entries(problem, columns)
+    column, row = problem.covers(columns)
     shape = (int(problem.group_sizes.sum()), columns.size)
     return sparse.csr_matrix((np.ones(row.size), (row, column)), shape=shape)
 
@@ -109,22 +109,11 @@ def loss_unit(problem: Problem, plan: Integers | None) -> float:
     return loss / LOSS_SIZE if loss > 0 else 1.0
 
 
-def _entries(problem: Problem, columns: Integers) -> tuple[Integers, Integers]:
-    """(layer, position in `columns`) of every non-zero."""
-    first = offsets(problem.group_sizes.astype(np.int64))
-    rows, members = [], []
-    for layer in range(int(problem.group_sizes.max())):
-        covering = np.flatnonzero(problem.mask[columns] >> layer & 1)
-        rows.append(first[problem.group[columns[covering]]] + layer)
-        members.append(covering)
-    return np.concatenate(rows), np.concatenate(members)
-
-
 def _choice_rows(problem: Problem) -> Any:
     """Row ``layer * choices + q`` sums the columns of choice q that cover the layer."""
     from scipy import sparse
 
-    layer, column = _entries(problem, np.arange(problem.columns))
+    column, layer = problem.covers(np.arange(problem.columns))
     choices = len(problem.choice_names)
     row = layer * choices + problem.choice[column]
     shape = (int(problem.group_sizes.sum()) * choices, problem.columns)

@@ -63,7 +63,7 @@ class Segments:
     def build(cls, group: npt.NDArray[np.int32], mask: Integers, groups: int) -> Segments:
         """Find the runs; `group` (columns,) and `mask` (columns,) sorted by (group, mask)."""
         new = np.flatnonzero((np.diff(group) != 0) | (np.diff(mask) != 0)) + 1
-        start = np.concatenate(([0], new, [group.size])).astype(np.int64)
+        start = np.unique(np.concatenate(([0], new, [group.size]))).astype(np.int64)
         segment_group = group[start[:-1]].astype(np.int64)
         group_start = np.searchsorted(segment_group, np.arange(groups + 1)).astype(np.int64)
         return cls(start, segment_group, mask[start[:-1]], group_start)
@@ -81,7 +81,7 @@ class Segments:
                 yield members[inverse == row], key[0], key[1:]
 
     def uncoverable(self, group_sizes: npt.NDArray[np.int32]) -> Integers:
-        """Groups that no set of disjoint segments covers; ascending."""
+        """Groups that no set of disjoint segments covers, those without any among them; ascending."""
         bad = [
             members for members, size, masks in self.shapes(group_sizes) if not has_partition(masks, full_mask(size))
         ]

@@ -15,7 +15,7 @@ from .lagrangian import relax_and_repair
 from .problem import Problem
 from .reach import reachable
 from .solution import Limit, Stats
-from .structure import Integers, Segments
+from .structure import Integers
 
 
 class UniformSolver(Solver):
@@ -55,18 +55,6 @@ class UniformSolver(Solver):
 def _restrict(problem: Problem, choice: int) -> tuple[Problem, Integers] | None:
     """The problem with the columns of one choice, and their numbers; None if they don't cover every layer."""
     columns = np.flatnonzero(problem.choice == choice)
-    group, mask = problem.group[columns], problem.mask[columns]
-    if np.unique(group).size < problem.groups:
+    if problem.uncovered_groups(columns).size:
         return None
-    if Segments.build(group, mask, problem.groups).uncoverable(problem.group_sizes).size:
-        return None
-    part = dataclasses.replace(
-        problem,
-        group=group,
-        mask=mask,
-        choice=problem.choice[columns],
-        loss=problem.loss[columns],
-        usage=problem.usage[:, columns],
-        column_bits=None if problem.column_bits is None else problem.column_bits[columns],
-    )
-    return part, columns
+    return problem.with_columns(columns), columns

@@ -77,7 +77,7 @@ class KernelLinear(nn.Module):
         """The packed layer in its stored layout."""
         tiles = self.spec.segment_tiles(self.in_features)
         units = [getattr(self, name) for name in self._unit_names]
-        packed = tuple(from_units(part, count) for part, count in zip(units, tiles, strict=True))
+        packed = tuple(from_units(part, count, self.spec) for part, count in zip(units, tiles, strict=True))
         shape = (self.out_features, self.in_features)
         return QuantizedWeight(self.spec, *shape, self.rotation_seed, packed, self.scales, self.codebook)
 
@@ -108,10 +108,10 @@ class KernelLinear(nn.Module):
 @cache
 def _workspace_words(spec: QuantizerSpec, out_features: int, in_features: int, limits: Limits) -> int:
     words = 0
+    shape = (spec, out_features, in_features)
     for batch in range(1, ops.DECODE_LIMIT + 1):
-        shape = (spec, out_features, in_features, batch, torch.float16, limits)
-        tuning = tune(*shape)
-        launch = None if tuning is None else launch_for(*shape, tuning)
+        tuning = tune(*shape, batch, limits)
+        launch = None if tuning is None else launch_for(*shape, batch, torch.float16, limits, tuning)
         words = max(words, 0 if launch is None else launch.workspace_words)
     return words
 

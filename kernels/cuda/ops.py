@@ -240,7 +240,7 @@ def _dequantize_cpu(
 ) -> Tensor:
     found = _spec(*spec)
     tiles = found.segment_tiles(in_features)
-    packed = tuple(from_units(part, count) for part, count in zip(units, tiles, strict=True))
+    packed = tuple(from_units(part, count, found) for part, count in zip(units, tiles, strict=True))
     weight = QuantizedWeight(found, scales.shape[0], in_features, None, packed, scales, codebook)
     return decode_weight(weight).to(dtype)
 

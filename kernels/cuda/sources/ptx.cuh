@@ -54,6 +54,16 @@ __device__ __forceinline__ u32 lookup(u32 offset) {
     return word;
 }
 
+// The two words `offset` bytes into dynamic shared memory.
+__device__ __forceinline__ Words2 lookup_two(u32 offset) {
+    if constexpr ((WITHOUT & WITHOUT_LOOKUPS) != 0) return Words2{offset, offset};
+    Words2 words;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2 + %3];"
+                 : "=r"(words.x), "=r"(words.y)
+                 : "r"(offset), "n"(SHARED_BASE));
+    return words;
+}
+
 // Words of shared memory BYTES after an address, where `active`; elsewhere the old contents stay.
 template <int BYTES>
 __device__ __forceinline__ void load_shared_if(Words4& words, u32 address, bool active) {
@@ -168,9 +178,8 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// Waits for all of this thread's copies.
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 

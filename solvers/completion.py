@@ -59,7 +59,7 @@ class Completion:
     def __init__(
         self,
         resource: int,
-        members: Sequence[Integers],
+        members: Sequence[slice] | Sequence[Integers],
         loss: Floats,
         usage: Floats,
         room: Floats,

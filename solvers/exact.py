@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .base import PROOF_TOLERANCE, Answer, Options, Solver
-from .configurations import column_deviations, enumerate_configurations
+from .configurations import Penalties, enumerate_configurations
 from .dual import Dual, priced, solve_dual
 from .lagrangian import relax_and_repair
 from .problem import Problem
@@ -105,7 +105,8 @@ class _Proof:
         self.least_cost = problem.structure.evaluate(self.cost)[0]
         self.dual = self.least_cost - float(dual.multipliers @ problem.room)
         self.lower_bound = max(self.dual, dual.value)
-        self.deviations = column_deviations(problem.structure, self.cost)
+        self.penalties = Penalties.build(problem.structure, self.cost)
+        self.deviations = self.penalties.total
         self.best = _Best()
         self.delta = self._first_delta()
         self.growth = GROWTH if np.count_nonzero(dual.multipliers) > 1 else GROWTH**3
@@ -166,7 +167,8 @@ class _Proof:
             if self.options.clock.over:
                 return False
             rounds += 1
-            near = enumerate_configurations(self.problem, self.cost, delta, limit=self.problem.groups + CONFIGURATIONS)
+            most_configurations = self.problem.groups + CONFIGURATIONS
+            near = enumerate_configurations(self.problem, self.penalties, delta, limit=most_configurations)
             most_states = limit
             if np.count_nonzero(self.multipliers) > 1:
                 open_groups = np.unique(near.group[1:][np.diff(near.group) == 0]).size

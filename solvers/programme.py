@@ -21,15 +21,17 @@ Partial plans are dropped when they
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from .alternatives import SLACK, Alternatives
 from .clock import Clock
 from .completion import Completion, Staircase
 from .configurations import Configurations
 from .dominance import undominated
 from .join import best_pair
-from .partial_plans import SLACK, Alternatives, Partial, Prices
+from .partial_plans import Partial, Prices
 from .problem import Problem
 from .reach import fits
 from .structure import Floats, Integers
@@ -166,21 +168,19 @@ class _Search:
         The share is where prefixes and suffixes are expected to be equally many. Of groups with deviations d, about
         exp(min over beta of beta D + sum over groups of log sum exp(-beta d)) partial plans deviate by up to D.
         """
-        members = self.alternatives.members
-        if not members or delta <= 0:
-            return [(list(range(len(members))), 1.0)]
-        deviation = self.alternatives.deviation / delta
+        bundles = self.alternatives.bundles
+        if not bundles or delta <= 0:
+            return [(list(range(bundles)), 1.0)]
         betas = np.geomspace(0.1, 1e4, 48)
-        weights = np.exp(-betas[:, None] * deviation[np.concatenate(members)])
-        first = np.cumsum([0] + [part.size for part in members[:-1]])
-        before = np.cumsum(np.log(np.add.reduceat(weights, first, axis=1)), axis=1)
+        weights = np.exp(-betas[:, None] * (self.alternatives.deviation / delta))
+        before = np.cumsum(np.log(np.add.reduceat(weights, self.alternatives.start[:-1], axis=1)), axis=1)
         behind = before[:, -1:] - before
         plans = betas + before[:, -1]
         usual = int(np.argmin(plans))
         blocks = BLOCKS if plans[usual] > SMALL and self.room.size > 1 else FEW_BLOCKS
         done = before[usual] / max(float(before[usual, -1]), np.finfo(np.float64).tiny)
         ends = np.unique(np.searchsorted(done, np.arange(1, blocks + 1) / blocks - 1e-9))
-        ends = np.append(ends[ends < len(members) - 1], len(members) - 1)
+        ends = np.append(ends[ends < bundles - 1], bundles - 1)
         shares = np.linspace(0.0, 1.0, 65)
         spent = betas[:, None] * shares
         share = []
@@ -202,9 +202,10 @@ class _Search:
         many groups, among which even large steps of a resource add up to almost anything.
         """
         priced = np.flatnonzero(self.multipliers > 0).tolist()
-        if len(priced) < 2 or len(alternatives.members) > MOST_GROUPS:
+        if len(priced) < 2 or alternatives.bundles > MOST_GROUPS:
             return 0.0, []
-        arguments = (alternatives.members, alternatives.loss, alternatives.usage, self.room, self.multipliers)
+        members = [slice(first, last) for first, last in pairwise(alternatives.start.tolist())]
+        arguments = (members, alternatives.loss, alternatives.usage, self.room, self.multipliers)
         completions = [Completion(resource, *arguments, self.most) for resource in priced]
         return max(0.0, *(completion.least for completion in completions)), completions
 
@@ -215,7 +216,7 @@ class _Search:
             rests: what each of the completions knows of the groups that are still open.
         """
         alternatives, deviation = self.alternatives, self.alternatives.deviation
-        members = alternatives.members[group]
+        members = np.arange(alternatives.start[group], alternatives.start[group + 1])
         counts = np.searchsorted(partial.deviation, most - deviation[members], side="right")
         complete = partial.complete
         if counts.sum() > 2 * self.limit:
@@ -258,5 +259,6 @@ class _Search:
         for partial, state in ((prefix, one), (suffix, two)):
             for alternative in partial.choices_of(state):
                 parts = self.alternatives.parts[alternative]
+                parts = parts[parts >= 0]
                 plan[self.configurations.group[parts]] = parts
         return self.configurations.columns_of(plan)

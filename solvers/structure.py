@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,9 @@ class Segments:
             members = np.flatnonzero(counts == count)
             table = self.mask[self.group_start[members][:, None] + np.arange(count)]
             keys = np.column_stack((group_sizes[members].astype(np.int64), table))
+            if (keys == keys[0]).all():  # most often, and quicker to see than to sort
+                yield members, int(keys[0, 0]), keys[0, 1:].tolist()
+                continue
             distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
             inverse = inverse.reshape(-1)
             for row, key in enumerate(distinct.tolist()):
@@ -87,9 +91,10 @@ class Segments:
         ]
         return np.sort(np.concatenate(bad)) if bad else np.empty(0, np.int64)
 
-    def of_columns(self, columns: Integers) -> Integers:
-        """The segment of each of `columns`; (len(columns),)."""
-        return np.searchsorted(self.start, columns, side="right") - 1
+    @cached_property
+    def of_column(self) -> Integers:
+        """The segment of each column; (columns,)."""
+        return np.repeat(np.arange(self.mask.size), np.diff(self.start))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,16 +179,12 @@ class Structure:
         hits = np.flatnonzero(values == group_minima[self.partition_group])
         groups = np.arange(group_minima.size)
         chosen = hits[np.searchsorted(self.partition_group[hits], groups)]
-        lengths = np.diff(self.partition_start)[chosen]
-        used = self.partition_segments[ranges(self.partition_start[chosen], lengths)]
+        starts = self.partition_start[chosen]
+        used = self.partition_segments[ranges(starts, self.partition_start[chosen + 1] - starts)]
         return float(group_minima.sum()), self.first_columns(cost, minima, used)
 
     def first_columns(self, cost: Floats, minima: Floats, used: Integers) -> Integers:
         """First column of each segment in `used` whose cost is the segment's minimum, ascending."""
-        start = self.segments.start
-        lengths = (start[1:] - start[:-1])[used]
-        candidates = ranges(start[used], lengths)
-        row = np.repeat(np.arange(used.size), lengths)
-        hits = np.flatnonzero(cost[candidates] == minima[used][row])
-        first = hits[np.searchsorted(row[hits], np.arange(used.size))]
-        return np.sort(candidates[first])
+        owner = self.segments.of_column
+        hits = np.flatnonzero(cost == minima[owner])
+        return hits[np.searchsorted(owner[hits], np.sort(used))]

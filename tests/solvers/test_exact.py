@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from msq.solvers import completion, dominance, exact, join, programme
 from msq.solvers.clock import Clock
 from msq.solvers.completion import Completion
-from msq.solvers.configurations import enumerate_configurations
+from msq.solvers.configurations import Penalties, enumerate_configurations
 from msq.solvers.dominance import undominated
 from msq.solvers.dual import priced, solve_dual
 from msq.solvers.highest import highest
@@ -106,9 +106,10 @@ def test_search_finds_the_best_plan_within_delta(monkeypatch, make_random, plans
     problem = make_random(seed, resources, 0.6)
     dual = solve_dual(problem, Clock())
     cost = priced(problem, dual.multipliers)
+    penalties = Penalties.build(problem.structure, cost)
     base = problem.structure.evaluate(cost)[0]
     for delta in (0.02, 0.2, 5.0):
-        near = enumerate_configurations(problem, cost, delta, limit=10**6)
+        near = enumerate_configurations(problem, penalties, delta, limit=10**6)
         found = search(problem, near, dual.multipliers, delta, limit=10**6, clock=Clock())
         assert found.complete
         within = [
@@ -144,9 +145,10 @@ def test_staircases_are_the_cheapest_continuations(seed) -> None:
 def test_search_without_enough_states_says_so(make_random) -> None:
     problem = make_random(3, 2, 0.6)
     dual = solve_dual(problem, Clock())
-    near = enumerate_configurations(problem, priced(problem, dual.multipliers), 5.0, limit=10**6)
+    penalties = Penalties.build(problem.structure, priced(problem, dual.multipliers))
+    near = enumerate_configurations(problem, penalties, 5.0, limit=10**6)
     assert not search(problem, near, dual.multipliers, 5.0, limit=2, clock=Clock()).complete
-    few = enumerate_configurations(problem, priced(problem, dual.multipliers), 5.0, limit=4)
+    few = enumerate_configurations(problem, penalties, 5.0, limit=4)
     assert not search(problem, few, dual.multipliers, 5.0, limit=10**6, clock=Clock()).complete
 
 
@@ -216,7 +218,11 @@ def test_highest_point_is_highest(seed) -> None:
     dimension, planes = int(random.integers(1, 4)), int(random.integers(1, 20))
     offset, slope = random.normal(size=planes), random.normal(size=(planes, dimension)) * 10.0 ** random.integers(-2, 3)
     total = float(random.choice([1.0, np.inf]))
-    point = highest(offset, slope, np.full(dimension, 2.0), total)
+    point, _ = highest(offset, slope, np.full(dimension, 2.0), total)
+    some = int(random.integers(1, planes + 1))
+    _, basis = highest(offset[:some], slope[:some], np.full(dimension, 3.0), total)
+    again, _ = highest(offset, slope, np.full(dimension, 2.0), total, basis)
+    assert (offset + slope @ again).min() == pytest.approx((offset + slope @ point).min(), abs=1e-9, rel=1e-9)
     assert (point >= 0).all()
     assert (point <= 2).all()
     assert point.sum() <= total + 1e-9

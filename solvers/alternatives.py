@@ -15,8 +15,12 @@ from .configurations import Configurations
 from .dominance import undominated_in_lists
 from .structure import Floats, Integers, offsets, ranges
 
-BUNDLED = 8
+BUNDLED = 12
 """Most alternatives of several groups taken together."""
+MOST_PRODUCTS = 48
+"""Most pairs of alternatives of two bundles that are looked at to see whether few remain."""
+ROUNDS = 5
+"""Of the tournament: after a few, hardly any neighbours remain that can be taken together."""
 SLACK = 1e-9
 """Deviations up to this much above delta, relative, are kept, so that rounding loses no plan."""
 
@@ -69,7 +73,10 @@ class Alternatives:
         if not members.size:
             return single
         found = single._without_beaten()._most_deviating_first()
-        while (joined := found._joined(delta * (1 + SLACK))) is not None:
+        for _ in range(ROUNDS):
+            joined = found._joined(delta * (1 + SLACK))
+            if joined is None:
+                break
             found = joined
         return found
 
@@ -109,7 +116,7 @@ class Alternatives:
         size = np.diff(self.start)
         pairs = self.bundles // 2
         left, right = np.arange(pairs) * 2, np.arange(pairs) * 2 + 1
-        tried = np.flatnonzero(size[left] * size[right] <= BUNDLED**2)
+        tried = np.flatnonzero(size[left] * size[right] <= MOST_PRODUCTS)
         if not tried.size:
             return None
         left, right = left[tried], right[tried]
@@ -140,6 +147,8 @@ class Alternatives:
         parts = np.concatenate(
             (np.hstack((self.parts[alone], nothing)), np.hstack((self.parts[one[kept]], self.parts[two[kept]])))
         )
+        parts = -np.sort(-parts, axis=1)
+        parts = parts[:, : int((parts >= 0).sum(axis=1).max())]
         counts = np.bincount(place, minlength=self.bundles)
         return replace(
             self,

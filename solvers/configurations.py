@@ -49,6 +49,21 @@ class Configurations:
         return np.sort(self.columns[ranges(self.column_start[chosen], lengths)])
 
 
+    def with_resource(self, usage: Floats, deviation: Floats) -> Configurations:
+        """With the use of one more resource, and other deviations (configurations,), sorted by these."""
+        order = np.lexsort((deviation, self.group))
+        lengths = np.diff(self.column_start)[order]
+        return Configurations(
+            self.group,
+            deviation[order],
+            self.loss[order],
+            np.vstack((self.usage, usage))[:, order],
+            offsets(lengths),
+            self.columns[ranges(self.column_start[order], lengths)],
+            self.complete,
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Penalties:
     """Reduced costs at some prices, split by what causes them.

@@ -17,6 +17,7 @@ GRID_RESOURCES = 4
 """Most resources for which there is a grid: its size grows exponentially with them."""
 CELLS_PER_ALTERNATIVE = 4.0
 """Cells of the grid: more tell alternatives better apart and cost more to walk."""
+_EARLIER = np.tri(PAIRWISE, k=-1, dtype=bool).T
 
 
 def undominated(loss: Floats, usage: Floats) -> Integers:
@@ -82,11 +83,12 @@ def staircase(loss: Floats, usage: Floats) -> Integers:
 
 
 def _pairwise(loss: Floats, usage: Floats) -> Integers:
-    values = np.vstack((loss, usage))
-    no_worse = (values[:, :, None] <= values[:, None, :]).all(axis=0)
-    earlier = np.arange(loss.size)[:, None] < np.arange(loss.size)
-    beaten = no_worse & (~no_worse.T | earlier)
-    return np.flatnonzero(~beaten.any(axis=0))
+    """Compare all pairs. In lexical order what beats an alternative comes before it, and of equal ones the first."""
+    order = np.lexsort((*usage[::-1], loss))
+    no_worse = _EARLIER[: order.size, : order.size].copy()
+    for use in usage[:, order]:
+        no_worse &= use[:, None] <= use
+    return np.sort(order[~no_worse.any(axis=0)])
 
 
 def _by_runs(loss: Floats, usage: Floats) -> Integers:

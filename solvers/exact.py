@@ -34,6 +34,8 @@ GROWTH = 2.0
 """Factor of delta from round to round; its cube with one resource, whose programme grows slowly."""
 POLISHED = 500_000
 """Columns up to which the programme goes on below the asked gap; beyond, every round takes a tenth of a second."""
+EMPTY_GROWTH = 3.0
+"""Most of that after a round in which no plan could be, which costs little."""
 NEAR = 0.05
 """Delta goes at least so far beyond the least that a plan deviates by, relative."""
 LAST_STEP = 1.25
@@ -197,6 +199,8 @@ class _Proof:
 
     def _grown(self, delta: float, least: float) -> float:
         """The next delta: partial plans become many with what it leaves above the least that a plan deviates by."""
+        if least > delta:  # nothing was there, and what is said of more than delta is a guess
+            return max(min(least * (1 + 2 * NEAR), delta * min(self.growth, EMPTY_GROWTH)), delta * LAST_STEP)
         beyond = max(delta - least, NEAR * least)
         return max(min(least + self.growth * beyond, delta * self.growth), delta * LAST_STEP)
 

@@ -20,7 +20,8 @@ Partial plans are dropped when they
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -34,11 +35,14 @@ from .join import best_pair
 from .partial_plans import Partial, Prices
 from .problem import Problem
 from .reach import fits
+from .steps import whole_steps
 from .structure import Floats, Integers
 
-BLOCKS, FEW_BLOCKS = 20, 5
+BLOCKS, FEW_BLOCKS = 10, 5
 """Most places where prefixes and suffixes meet, in large programmes and in small ones: joining costs time too.
 Between them prefixes may deviate by delta."""
+FEW_STATES = 2000
+"""Partial plans of the same groups that most often suffice for a plan near the best."""
 MOST_GROUPS = 1000
 """Groups up to which continuations are bounded with one resource kept exactly."""
 ROUNDING = 64 * np.finfo(np.float64).eps
@@ -58,6 +62,7 @@ class Found:
             it beyond delta.
         states: partial plans listed.
         pairs: pairs looked at.
+        above: loss of the plan above the dual, inf without one.
     """
 
     columns: Integers | None
@@ -65,6 +70,7 @@ class Found:
     least: float
     states: int
     pairs: int
+    above: float = math.inf
 
 
 def search(
@@ -89,12 +95,51 @@ def search(
         limit: most partial plans of the same groups; of more, those of least deviation stay.
         clock: the search gives up when its limit has passed.
     """
+    base = configurations.usage[:, np.searchsorted(configurations.group, np.arange(problem.groups))].sum(axis=1)
+    # what sums of uses may be off by; a plan that takes this room is refused later
+    rounding = np.maximum(0.5e-12 * np.abs(problem.caps), ROUNDING * (np.abs(problem.caps) + base))
+    room = problem.room + rounding
+    steps = whole_steps(problem, configurations, multipliers, rounding, delta)
+    if steps is not None:
+        within = delta * (1 + SLACK) - steps.gain
+        if within < 0:
+            return Found(None, configurations.complete, steps.gain, 0, 0)
+        priced = np.flatnonzero(steps.multipliers > 0)
+        room_in_steps = np.append(room, steps.room)
+        programme = (steps.configurations, problem.groups, room_in_steps, steps.multipliers)
+        found = _narrowed(*programme, priced, within, limit, clock)
+        if found.columns is None or fits(problem, found.columns):
+            return replace(found, least=found.least + steps.gain)
     priced = np.flatnonzero(multipliers > 0)
     if 0 < priced.size < problem.resources:
-        found = _Search(problem, configurations, multipliers, delta, priced, limit).run(clock)
+        found = _narrowed(configurations, problem.groups, room, multipliers, priced, delta, limit, clock)
         if found.complete and (found.columns is None or fits(problem, found.columns)):
             return found
-    return _Search(problem, configurations, multipliers, delta, np.arange(problem.resources), limit).run(clock)
+    every = np.arange(problem.resources)
+    return _narrowed(configurations, problem.groups, room, multipliers, every, delta, limit, clock)
+
+
+def _narrowed(
+    configurations: Configurations,
+    groups: int,
+    room: Floats,
+    multipliers: Floats,
+    resources: Integers,
+    delta: float,
+    limit: int,
+    clock: Clock,
+) -> Found:
+    """The programme with few partial plans first; when these don't suffice, with a delta that their best plan allows."""
+    programme = _Search(configurations, groups, room, multipliers, delta, resources)
+    first = programme.run(min(limit, FEW_STATES), clock)
+    if first.complete or limit <= FEW_STATES or clock.over:
+        return first
+    if first.above < delta:
+        programme = _Search(configurations, groups, room, multipliers, first.above, resources)
+    found = programme.run(limit, clock)
+    if found.columns is None or first.above < found.above:
+        found = replace(found, columns=first.columns, above=first.above)
+    return replace(found, states=first.states + found.states, pairs=first.pairs + found.pairs)
 
 
 class _Search:
@@ -102,29 +147,28 @@ class _Search:
 
     def __init__(
         self,
-        problem: Problem,
         configurations: Configurations,
+        groups: int,
+        room: Floats,
         multipliers: Floats,
         delta: float,
         resources: Integers,
-        limit: int,
     ) -> None:
-        self.configurations, self.limit = configurations, limit
-        self.alternatives = Alternatives.build(configurations, problem.groups, resources, delta)
+        self.configurations = configurations
+        self.alternatives = Alternatives.build(configurations, groups, resources, delta)
         order = self.alternatives.order
-        base = configurations.usage[:, self.alternatives.base].sum(axis=1)
-        # what sums relative to the base configurations may be off by; a plan that takes this room is refused later
-        rounding = np.maximum(0.5e-12 * np.abs(problem.caps), ROUNDING * (np.abs(problem.caps) + base))
-        self.room = (problem.room + rounding - base)[order]
+        self.room = (room - configurations.usage[:, self.alternatives.base].sum(axis=1))[order]
         self.multipliers = multipliers[order]
         self.prices = Prices.build(self.alternatives, self.room, self.multipliers, delta)
         self.most = delta * (1 + SLACK)
-        self.least, self.completions = self._completions(self.alternatives)
-        self.states = 0
+        self.completion = self._completion()
+        self.least = 0.0 if self.completion is None else max(0.0, self.completion.least)
+        self.states = self.limit = 0
         self.blocks = self._blocks(delta)
 
-    def run(self, clock: Clock) -> Found:
+    def run(self, limit: int, clock: Clock) -> Found:
         """Suffixes backwards, then prefixes forwards, joined after every block."""
+        self.states, self.limit = 0, limit
         if self.least > self.most:
             return Found(None, self.configurations.complete, self.least, 0, 0)
         start = Partial.empty(self.room.size, self.prices.slack.size)
@@ -134,19 +178,19 @@ class _Search:
             for group in reversed(self.blocks[position][0]):
                 if clock.over:
                     return Found(None, False, self.least, self.states, 0)
-                rests = [completion.before[group] for completion in self.completions]
-                suffix = self._extended(suffix, group, self.most * self.blocks[position - 1][1], rests)
+                rest = self.completion and self.completion.before[group]
+                suffix = self._extended(suffix, group, self.most * self.blocks[position - 1][1], rest)
             suffixes.append(suffix)
         suffixes.reverse()
-        prefix, delta, pairs, best = start, self.most, 0, np.inf
+        prefix, delta, pairs, above = start, self.most, 0, np.inf
         chosen: tuple[Partial, int, Partial, int] | None = None
         complete = self.configurations.complete
         for (groups, share), suffix in zip(self.blocks, suffixes, strict=True):
             for group in groups:
                 if clock.over:
-                    return Found(self._columns(chosen), False, self.least, self.states, pairs)
-                rests = [completion.behind[group + 1] for completion in self.completions]
-                prefix = self._extended(prefix, group, delta, rests)
+                    return Found(self._columns(chosen), False, self.least, self.states, pairs, above)
+                rest = self.completion and self.completion.behind[group + 1]
+                prefix = self._extended(prefix, group, delta, rest)
             last = suffix is suffixes[-1]
             kept = 0 if last else prefix.within(self.most * (1 - share)).states
             done = prefix.part(kept, prefix.states)
@@ -155,12 +199,13 @@ class _Search:
             complete &= pair.complete and prefix.complete and suffix.complete
             if pair.first >= 0:
                 loss = float(done.loss[pair.first] + suffix.loss[pair.second])
-                if loss < best:
-                    best, chosen = loss, (done, pair.first, suffix, pair.second)
-                    # what a plan deviates by, unused room included, is its change of loss and the priced room
-                    delta = min(delta, (best + float(self.multipliers @ self.room)) * (1 + SLACK))
+                # what a plan deviates by, unused room included, is its change of loss and the priced room
+                deviation = loss + float(self.multipliers @ self.room)
+                if deviation < above:
+                    above, chosen = deviation, (done, pair.first, suffix, pair.second)
+                    delta = min(delta, above * (1 + SLACK))
             prefix = prefix.part(0, kept)
-        return Found(self._columns(chosen), complete, self.least, self.states, pairs)
+        return Found(self._columns(chosen), complete, self.least, self.states, pairs, above)
 
     def _blocks(self, delta: float) -> list[tuple[list[int], float]]:
         """Consecutive open groups, and the share of delta left to the suffixes behind each block's end.
@@ -195,25 +240,25 @@ class _Search:
             (list(range(first, last + 1)), each) for first, last, each in zip(starts, ends.tolist(), share, strict=True)
         ]
 
-    def _completions(self, alternatives: Alternatives) -> tuple[float, list[Completion]]:
-        """Least that a plan may deviate, and bounds on continuations for every resource with a price.
+    def _completion(self) -> Completion | None:
+        """Bounds on continuations that keep the priced resource of fewest different values exactly.
 
-        None where one resource alone has a price, since dominance leaves a staircase there anyway, and none for very
-        many groups, among which even large steps of a resource add up to almost anything.
+        That is the one whose price says least; the stairs of another, such as latency, are many and hardly better than
+        its price. None where one resource alone has a price, since dominance leaves a staircase there anyway, and for
+        very many groups, among which even large steps of a resource add up to almost anything.
         """
-        priced = np.flatnonzero(self.multipliers > 0).tolist()
-        if len(priced) < 2 or alternatives.bundles > MOST_GROUPS:
-            return 0.0, []
-        members = [slice(first, last) for first, last in pairwise(alternatives.start.tolist())]
-        arguments = (members, alternatives.loss, alternatives.usage, self.room, self.multipliers)
-        completions = [Completion(resource, *arguments, self.most) for resource in priced]
-        return max(0.0, *(completion.least for completion in completions)), completions
+        priced = np.flatnonzero(self.multipliers > 0)
+        if priced.size < 2 or self.alternatives.bundles > MOST_GROUPS:
+            return None
+        members = [slice(first, last) for first, last in pairwise(self.alternatives.start.tolist())]
+        loss, usage = self.alternatives.loss, self.alternatives.usage
+        return Completion(int(priced[0]), members, loss, usage, self.room, self.multipliers, self.most)
 
-    def _extended(self, partial: Partial, group: int, most: float, rests: list[Staircase]) -> Partial:
+    def _extended(self, partial: Partial, group: int, most: float, rest: Staircase | None) -> Partial:
         """The partial plans with one more group, as far as they deviate by at most `most`.
 
         Args:
-            rests: what each of the completions knows of the groups that are still open.
+            rest: what the completion knows of the groups that are still open.
         """
         alternatives, deviation = self.alternatives, self.alternatives.deviation
         members = np.arange(alternatives.start[group], alternatives.start[group + 1])
@@ -231,8 +276,8 @@ class _Search:
         total = partial.deviation[parents] + deviation[choices]
         spent = partial.spent + self.prices.least[:, group]
         kept = self.prices.within(loss, usage, spent) if self.prices.slack.size else np.arange(loss.size)
-        for completion, rest in zip(self.completions, rests, strict=True):
-            kept = kept[completion.within(loss[kept], usage[:, kept], rest)]
+        if self.completion is not None and rest is not None:
+            kept = kept[self.completion.within(loss[kept], usage[:, kept], rest)]
         kept = kept[undominated(loss[kept], usage[:, kept])]
         kept = kept[np.argsort(total[kept], kind="stable")]
         if kept.size > self.limit:

@@ -19,7 +19,7 @@ BUNDLED = 12
 """Most alternatives of several groups taken together."""
 MOST_PRODUCTS = 48
 """Most pairs of alternatives of two bundles that are looked at to see whether few remain."""
-ROUNDS = 5
+ROUNDS = 3
 """Of the tournament: after a few, hardly any neighbours remain that can be taken together."""
 SLACK = 1e-9
 """Deviations up to this much above delta, relative, are kept, so that rounding loses no plan."""

@@ -48,7 +48,6 @@ class Configurations:
         lengths = np.diff(self.column_start)[chosen]
         return np.sort(self.columns[ranges(self.column_start[chosen], lengths)])
 
-
     def with_resource(self, usage: Floats, deviation: Floats) -> Configurations:
         """With the use of one more resource, and other deviations (configurations,), sorted by these."""
         order = np.lexsort((deviation, self.group))

@@ -28,15 +28,15 @@ from .residual import solve_residual
 from .solution import Limit, Stats, relative_gap
 from .structure import Integers
 
-FIRST_COLUMNS = 60
-"""Columns above the best ones at which delta starts."""
+FIRST_COLUMNS, FIRST_OF_SEVERAL = 60, 90
+"""Columns above the best ones at which delta starts, with one price and with several."""
 GROWTH = 2.0
 """Factor of delta from round to round; its cube with one resource, whose programme grows slowly."""
 POLISHED = 500_000
 """Columns up to which the programme goes on below the asked gap; beyond, every round takes a tenth of a second."""
 EMPTY_GROWTH = 3.0
 """Most of that after a round in which no plan could be, which costs little."""
-NEAR = 0.05
+NEAR = 0.1
 """Delta goes at least so far beyond the least that a plan deviates by, relative."""
 LAST_STEP = 1.25
 """Delta is set to the whole gap if that takes no more than this factor."""
@@ -212,8 +212,9 @@ class _Proof:
     def _first_delta(self) -> float:
         """Delta at which few columns beyond the best ones come into play."""
         positive = self.deviations[(self.deviations > 0) & np.isfinite(self.deviations)]
-        if positive.size > FIRST_COLUMNS:
-            least = float(np.partition(positive, FIRST_COLUMNS)[FIRST_COLUMNS])
+        first = FIRST_COLUMNS if np.count_nonzero(self.multipliers) <= 1 else FIRST_OF_SEVERAL
+        if positive.size > first:
+            least = float(np.partition(positive, first)[first])
         else:
             least = float(positive.max(initial=0.0))
         return max(least, self.lower_bound - self.dual, abs(self.dual) * 1e-12, np.finfo(np.float64).tiny)

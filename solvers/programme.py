@@ -41,7 +41,7 @@ from .structure import Floats, Integers
 BLOCKS, FEW_BLOCKS = 10, 5
 """Most places where prefixes and suffixes meet, in large programmes and in small ones: joining costs time too.
 Between them prefixes may deviate by delta."""
-FEW_STATES = 2000
+FEW_STATES = 1000
 """Partial plans of the same groups that most often suffice for a plan near the best."""
 MOST_GROUPS = 1000
 """Groups up to which continuations are bounded with one resource kept exactly."""
@@ -129,10 +129,14 @@ def _narrowed(
     limit: int,
     clock: Clock,
 ) -> Found:
-    """The programme with few partial plans first; when these don't suffice, with a delta that their best plan allows."""
+    """The programme with few partial plans first; when these don't suffice, with a delta that their best plan allows.
+
+    With one price partial plans are few anyway.
+    """
     programme = _Search(configurations, groups, room, multipliers, delta, resources)
-    first = programme.run(min(limit, FEW_STATES), clock)
-    if first.complete or limit <= FEW_STATES or clock.over:
+    few = FEW_STATES if np.count_nonzero(multipliers) > 1 else limit
+    first = programme.run(min(limit, few), clock)
+    if first.complete or limit <= few or clock.over:
         return first
     if first.above < delta:
         programme = _Search(configurations, groups, room, multipliers, first.above, resources)

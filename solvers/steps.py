@@ -112,9 +112,7 @@ def _best_size(
     return None
 
 
-def _out_of_reach(
-    deviation: Floats, rest: Floats, base: Integers, missing: float, price: float, delta: float
-) -> bool:
+def _out_of_reach(deviation: Floats, rest: Floats, base: Integers, missing: float, price: float, delta: float) -> bool:
     """Whether no plan within delta has remainders that sum to -missing or less: none at all, or at any of some prices."""
     if float(np.minimum.reduceat(rest, base).sum()) > -missing:
         return True

@@ -1,12 +1,12 @@
 """Whole steps of a resource: a tighter bound where uses come in large steps and small remainders.
 
 Memory is such a resource: a layer's bytes change by weights x bits, the same few sizes everywhere, and a little by the
-quantizer's tables. Take any step size s and write the use of every configuration, relative to the best one of its group,
-as s k + r with k whole and r small. A plan that meets the cap has s sum(k) + sum(r) <= room. If no plan within delta can
-have sum(k) > K = floor(room / s), for its remainders would have to save too much, then sum(k) <= K is a cap on its own
-(a cut of Chvatal and Gomory), and it may be much tighter than the room: what lies between s K and the room can't be used.
-With the price moved from the resource to its steps, the dual gains that part's price, less what the remainders are worth.
-The programme then keeps whole numbers instead of bytes, with a smaller delta.
+quantizer's tables. Take any step size s and write the use of every configuration, relative to the best one of its
+group, as s k + r with k whole and r small. A plan that meets the cap has s sum(k) + sum(r) <= room. If no plan within
+delta can have sum(k) > K = floor(room / s), for its remainders would have to save too much, then sum(k) <= K is a cap on
+its own (a cut of Chvatal and Gomory), and it may be much tighter than the room: what lies between s K and the room
+can't be used. With the price moved from the resource to its steps, the dual gains that part's price, less what the
+remainders are worth. The programme then keeps whole numbers instead of bytes, with a smaller delta.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _best_size(
 
 
 def _out_of_reach(deviation: Floats, rest: Floats, base: Integers, missing: float, price: float, delta: float) -> bool:
-    """Whether no plan within delta has remainders that sum to -missing or less: none at all, or at any of some prices."""
+    """Whether no plan within delta has remainders that sum to -missing or less, by what they can or by some price."""
     if float(np.minimum.reduceat(rest, base).sum()) > -missing:
         return True
     prices = price * _PRICES

@@ -57,8 +57,11 @@ class Alternatives:
             delta: most that a plan may deviate by.
         """
         start = np.searchsorted(configurations.group, np.arange(groups + 1))
-        base, size = start[:-1], np.diff(start)
-        members = np.flatnonzero((size > 1)[configurations.group])
+        base = start[:-1]
+        near = configurations.deviation <= delta * (1 + SLACK)
+        near[base] = True
+        size = np.bincount(configurations.group[near], minlength=groups)
+        members = np.flatnonzero(near & (size > 1)[configurations.group])
         own = base[configurations.group[members]]
         loss = configurations.loss[members] - configurations.loss[own]
         usage = configurations.usage[resources]

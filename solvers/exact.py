@@ -22,9 +22,9 @@ from .configurations import Penalties, enumerate_configurations
 from .dual import Dual, priced, solve_dual
 from .lagrangian import relax_and_repair
 from .problem import Problem
-from .programme import search
 from .reach import fits, usable_caps
 from .residual import solve_residual
+from .search import search
 from .solution import Limit, Stats, relative_gap
 from .structure import Integers
 
@@ -104,8 +104,7 @@ class _Proof:
         self.problem, self.options = problem, options
         self.multipliers = dual.multipliers
         self.cost = priced(problem, dual.multipliers)
-        self.least_cost = problem.structure.evaluate(self.cost)[0]
-        self.dual = self.least_cost - float(dual.multipliers @ problem.room)
+        self.dual = problem.structure.evaluate(self.cost)[0] - float(dual.multipliers @ problem.room)
         self.lower_bound = max(self.dual, dual.value)
         self.penalties = Penalties.build(problem.structure, self.cost)
         self.deviations = self.penalties.total
@@ -194,8 +193,8 @@ class _Proof:
         return True
 
     def _most(self) -> float:
-        """That any plan deviates."""
-        return (-self.problem.structure.evaluate(-self.cost)[0] - self.least_cost) * (1 + 1e-9)
+        """Loss of the worst plan above the dual: a programme up to there leaves out none."""
+        return (-self.problem.structure.evaluate(-self.problem.loss)[0] - self.dual) * (1 + 1e-9)
 
     def _grown(self, delta: float, least: float) -> float:
         """The next delta: partial plans become many with what it leaves above the least that a plan deviates by."""

@@ -21,7 +21,7 @@ Partial plans are dropped when they
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -33,20 +33,13 @@ from .configurations import Configurations
 from .dominance import undominated
 from .join import best_pair
 from .partial_plans import Partial, Prices
-from .problem import Problem
-from .reach import fits
-from .steps import whole_steps
 from .structure import Floats, Integers
 
 BLOCKS, FEW_BLOCKS = 10, 5
 """Most places where prefixes and suffixes meet, in large programmes and in small ones: joining costs time too.
 Between them prefixes may deviate by delta."""
-FEW_STATES = 1000
-"""Partial plans of the same groups that most often suffice for a plan near the best."""
 MOST_GROUPS = 1000
 """Groups up to which continuations are bounded with one resource kept exactly."""
-ROUNDING = 64 * np.finfo(np.float64).eps
-"""Of sums of uses, relative to the sum of the base configurations'."""
 SMALL = 20.0
 """Logarithm of the number of plans within delta up to which a programme is small."""
 
@@ -73,81 +66,8 @@ class Found:
     above: float = math.inf
 
 
-def search(
-    problem: Problem,
-    configurations: Configurations,
-    multipliers: Floats,
-    delta: float,
-    *,
-    limit: int,
-    clock: Clock,
-) -> Found:
-    """Find the best plan whose deviations sum to at most `delta`.
-
-    A resource without a price is left aside at first: the programme is much smaller with one resource less, and
-    when the plan it finds meets that cap as well, nothing is lost.
-
-    Args:
-        problem: supplies caps and groups.
-        configurations: all of deviation up to delta; when it isn't complete, nor is the answer.
-        multipliers: (resources,) prices that the deviations belong to.
-        delta: see the module; finite.
-        limit: most partial plans of the same groups; of more, those of least deviation stay.
-        clock: the search gives up when its limit has passed.
-    """
-    base = configurations.usage[:, np.searchsorted(configurations.group, np.arange(problem.groups))].sum(axis=1)
-    # what sums of uses may be off by; a plan that takes this room is refused later
-    rounding = np.maximum(0.5e-12 * np.abs(problem.caps), ROUNDING * (np.abs(problem.caps) + base))
-    room = problem.room + rounding
-    steps = whole_steps(problem, configurations, multipliers, rounding, delta)
-    if steps is not None:
-        within = delta * (1 + SLACK) - steps.gain
-        if within < 0:
-            return Found(None, configurations.complete, steps.gain, 0, 0)
-        priced = np.flatnonzero(steps.multipliers > 0)
-        room_in_steps = np.append(room, steps.room)
-        programme = (steps.configurations, problem.groups, room_in_steps, steps.multipliers)
-        found = _narrowed(*programme, priced, within, limit, clock)
-        if found.columns is None or fits(problem, found.columns):
-            return replace(found, least=found.least + steps.gain)
-    priced = np.flatnonzero(multipliers > 0)
-    if 0 < priced.size < problem.resources:
-        found = _narrowed(configurations, problem.groups, room, multipliers, priced, delta, limit, clock)
-        if found.complete and (found.columns is None or fits(problem, found.columns)):
-            return found
-    every = np.arange(problem.resources)
-    return _narrowed(configurations, problem.groups, room, multipliers, every, delta, limit, clock)
-
-
-def _narrowed(
-    configurations: Configurations,
-    groups: int,
-    room: Floats,
-    multipliers: Floats,
-    resources: Integers,
-    delta: float,
-    limit: int,
-    clock: Clock,
-) -> Found:
-    """The programme with few partial plans first; when these don't suffice, with a delta that their best plan allows.
-
-    With one price partial plans are few anyway.
-    """
-    programme = _Search(configurations, groups, room, multipliers, delta, resources)
-    few = FEW_STATES if np.count_nonzero(multipliers) > 1 else limit
-    first = programme.run(min(limit, few), clock)
-    if first.complete or limit <= few or clock.over:
-        return first
-    if first.above < delta:
-        programme = _Search(configurations, groups, room, multipliers, first.above, resources)
-    found = programme.run(limit, clock)
-    if found.columns is None or first.above < found.above:
-        found = replace(found, columns=first.columns, above=first.above)
-    return replace(found, states=first.states + found.states, pairs=first.pairs + found.pairs)
-
-
-class _Search:
-    """`search` with some of the resources."""
+class Programme:
+    """One programme, to be run with any number of partial plans."""
 
     def __init__(
         self,
@@ -158,6 +78,16 @@ class _Search:
         delta: float,
         resources: Integers,
     ) -> None:
+        """Set it up.
+
+        Args:
+            configurations: all of deviation up to delta; when it isn't complete, nor is the answer.
+            groups: number of groups.
+            room: (resources,) most that a plan may use, rounding included.
+            multipliers: (resources,) prices that the deviations belong to.
+            delta: see the module; finite.
+            resources: those that are kept within their room.
+        """
         self.configurations = configurations
         self.alternatives = Alternatives.build(configurations, groups, resources, delta)
         order = self.alternatives.order
@@ -171,7 +101,12 @@ class _Search:
         self.blocks = self._blocks(delta)
 
     def run(self, limit: int, clock: Clock) -> Found:
-        """Suffixes backwards, then prefixes forwards, joined after every block."""
+        """Suffixes backwards, then prefixes forwards, joined after every block.
+
+        Args:
+            limit: most partial plans of the same groups; of more, those of least deviation stay.
+            clock: the search gives up when its limit has passed.
+        """
         self.states, self.limit = 0, limit
         if self.least > self.most:
             return Found(None, self.configurations.complete, self.least, 0, 0)
@@ -182,7 +117,7 @@ class _Search:
             for group in reversed(self.blocks[position][0]):
                 if clock.over:
                     return Found(None, False, self.least, self.states, 0)
-                rest = self.completion and self.completion.before[group]
+                rest = None if self.completion is None else self.completion.before[group]
                 suffix = self._extended(suffix, group, self.most * self.blocks[position - 1][1], rest)
             suffixes.append(suffix)
         suffixes.reverse()
@@ -193,7 +128,7 @@ class _Search:
             for group in groups:
                 if clock.over:
                     return Found(self._columns(chosen), False, self.least, self.states, pairs, above)
-                rest = self.completion and self.completion.behind[group + 1]
+                rest = None if self.completion is None else self.completion.behind[group + 1]
                 prefix = self._extended(prefix, group, delta, rest)
             last = suffix is suffixes[-1]
             kept = 0 if last else prefix.within(self.most * (1 - share)).states

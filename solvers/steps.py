@@ -3,7 +3,7 @@
 Memory is such a resource: a layer's bytes change by weights x bits, the same few sizes everywhere, and a little by the
 quantizer's tables. Take any step size s and write the use of every configuration, relative to the best one of its
 group, as s k + r with k whole and r small. A plan that meets the cap has s sum(k) + sum(r) <= room. If no plan within
-delta can have sum(k) > K = floor(room / s), for its remainders would have to save too much, then sum(k) <= K is a cap on
+delta can have sum(k) > K = floor(room / s), its remainders having to save too much, then sum(k) <= K is a cap on
 its own (a cut of Chvatal and Gomory), and it may be much tighter than the room: what lies between s K and the room
 can't be used. With the price moved from the resource to its steps, the dual gains that part's price, less what the
 remainders are worth. The programme then keeps whole numbers instead of bytes, with a smaller delta.
@@ -29,6 +29,8 @@ TRIES = 8
 """Most step sizes whose cap is looked at closely."""
 HAIR = 1e-6
 """Remainders must miss by so much of a step, against rounding."""
+SMALLEST_STEP = 1e-9
+"""Relative to all uses and the room: that many steps are counted exactly."""
 _PRICES = 2.0 ** np.arange(-3, 8)
 
 
@@ -94,7 +96,7 @@ def _best_size(
 ) -> tuple[float, float, float] | None:
     """(gain, size, cap on the sum of steps) of the step size that gains most; None without one."""
     size = np.unique(np.abs(use))
-    size = size[size > 0]
+    size = size[size > SMALLEST_STEP * max(float(size[-1]), abs(room) + rounding)]
     if not 0 < size.size <= MOST_SIZES or size.size * use.size > MOST_ENTRIES:
         return None
     steps = np.rint(use / size[:, None])

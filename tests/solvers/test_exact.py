@@ -17,9 +17,9 @@ from msq.solvers.configurations import Penalties, enumerate_configurations
 from msq.solvers.dominance import undominated
 from msq.solvers.dual import priced, solve_dual
 from msq.solvers.highest import highest
-from msq.solvers.programme import search
 from msq.solvers.registry import get_solver
 from msq.solvers.residual import solve_residual
+from msq.solvers.search import search
 from msq.solvers.solution import Limit, Status
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .configurations import Configurations
 from .dominance import undominated_in_lists
-from .structure import Floats, Integers, offsets, ranges
+from .structure import Floats, Integers, distinct, offsets, ranges
 
 BUNDLED = 12
 """Most alternatives of several groups taken together."""
@@ -68,7 +68,7 @@ class Alternatives:
         usage = usage[:, members] - usage[:, own]
         order = resources
         if resources.size > 1:
-            few_first = np.argsort([np.unique(use).size for use in usage], kind="stable")
+            few_first = np.argsort([distinct(use).size for use in usage], kind="stable")
             order, usage = resources[few_first], usage[few_first]
         single = cls(
             base, order, offsets(size[size > 1]), configurations.deviation[members], loss, usage, members[:, None]

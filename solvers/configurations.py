@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .problem import Problem
-from .structure import Floats, Integers, Structure, offsets, ranges
+from .structure import Floats, Integers, Structure, distinct, offsets, ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +162,7 @@ def _least(group: Integers, deviation: Floats, limit: int) -> Integers:
     """The `limit` rows of least deviation, by rising deviation, and the first of every group whatever its place."""
     order = np.argsort(deviation, kind="stable")
     _, first = np.unique(group[order], return_index=True)
-    return order[np.union1d(np.arange(min(limit, order.size)), first)]
+    return order[distinct(np.concatenate((np.arange(min(limit, order.size)), first)))]
 
 
 def _collect(problem: Problem, finished: list[_Rows], limit: int, complete: bool) -> Configurations:

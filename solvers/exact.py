@@ -26,7 +26,7 @@ from .reach import fits, usable_caps
 from .residual import solve_residual
 from .search import search
 from .solution import Limit, Stats, relative_gap
-from .structure import Integers
+from .structure import Integers, distinct
 
 FIRST_COLUMNS, FIRST_OF_SEVERAL = 60, 90
 """Columns above the best ones at which delta starts, with one price and with several."""
@@ -172,7 +172,7 @@ class _Proof:
             near = enumerate_configurations(self.problem, self.penalties, delta, limit=most_configurations)
             most_states = limit
             if np.count_nonzero(self.multipliers) > 1:
-                open_groups = np.unique(near.group[1:][np.diff(near.group) == 0]).size
+                open_groups = distinct(near.group[1:][np.diff(near.group) == 0]).size
                 most_states = min(limit, total // max(open_groups, 1))
             found = search(self.problem, near, self.multipliers, delta, limit=most_states, clock=self.options.clock)
             before, self.delta = self.best.loss, delta

@@ -33,7 +33,7 @@ from .configurations import Configurations
 from .dominance import undominated
 from .join import best_pair
 from .partial_plans import Partial, Prices
-from .structure import Floats, Integers
+from .structure import Floats, Integers, distinct
 
 BLOCKS, FEW_BLOCKS = 10, 5
 """Most places where prefixes and suffixes meet, in large programmes and in small ones: joining costs time too.
@@ -163,7 +163,7 @@ class Programme:
         usual = int(np.argmin(plans))
         blocks = BLOCKS if plans[usual] > SMALL and self.room.size > 1 else FEW_BLOCKS
         done = before[usual] / max(float(before[usual, -1]), np.finfo(np.float64).tiny)
-        ends = np.unique(np.searchsorted(done, np.arange(1, blocks + 1) / blocks - 1e-9))
+        ends = distinct(np.searchsorted(done, np.arange(1, blocks + 1) / blocks - 1e-9))
         ends = np.append(ends[ends < bundles - 1], bundles - 1)
         shares = np.linspace(0.0, 1.0, 65)
         spent = betas[:, None] * shares

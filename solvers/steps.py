@@ -17,7 +17,7 @@ import numpy as np
 
 from .configurations import Configurations
 from .problem import Problem
-from .structure import Floats, Integers
+from .structure import Floats, Integers, distinct
 
 WORTHWHILE = 0.1
 """Least gain, as a share of delta."""
@@ -95,7 +95,7 @@ def _best_size(
     deviation: Floats, use: Floats, base: Integers, room: float, rounding: float, price: float, delta: float
 ) -> tuple[float, float, float] | None:
     """(gain, size, cap on the sum of steps) of the step size that gains most; None without one."""
-    size = np.unique(np.abs(use))
+    size = distinct(np.abs(use))
     size = size[size > SMALLEST_STEP * max(float(size[-1]), abs(room) + rounding)]
     if not 0 < size.size <= MOST_SIZES or size.size * use.size > MOST_ENTRIES:
         return None

@@ -47,7 +47,7 @@ def offsets(lengths: Integers) -> Integers:
 
 
 def distinct(values: npt.NDArray[_Scalar]) -> npt.NDArray[_Scalar]:
-    """The different values, ascending. `np.unique` loads numpy.ma when first called, which takes longer than a solve."""
+    """The different values, ascending. `np.unique` loads numpy.ma at its first call, longer than many a solve."""
     ordered = np.sort(values)
     new = np.ones(ordered.size, dtype=bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -249,3 +251,28 @@ def test_an_unlikely_partition_is_not_overlooked(make) -> None:
     ]
     assert get_solver("exact").solve(make(columns, [4.0, 4.0])).objective == 10.0
     assert get_solver("exact").solve(make(columns[1:2] + columns[3:], [4.0, 4.0])).objective == 1000.0
+
+
+def test_a_solve_loads_nothing() -> None:
+    """Loading takes longer than solving: the first `np.unique` of a process takes 10 ms, for numpy.ma."""
+    script = """
+import sys
+import numpy as np
+from msq.solvers.problem import Problem
+from msq.solvers.registry import get_solver
+random = np.random.default_rng(0)
+groups, count = 20, 12
+use = np.tile(np.arange(1.0, count + 1), groups) * random.uniform(0.9, 1.1, (2, groups * count))
+loss = np.tile(4.0 ** -np.arange(count), groups) * random.uniform(0.5, 1.5, groups * count)
+problem = Problem(
+    group=np.repeat(np.arange(groups), count), mask=np.ones(groups * count, int), choice=np.tile(np.arange(count), groups),
+    loss=loss, usage=use, caps=np.array([90.0, 91.0]), base=np.zeros(2), group_sizes=np.ones(groups, int),
+    resource_names=("memory", "latency"), choice_names=tuple(map(str, range(count))),
+)
+solver = get_solver("exact")
+before = set(sys.modules)
+assert solver.solve(problem).status == "optimal"
+print(*sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -1,10 +1,10 @@
 """Proven optima: dual, reduced-cost fixing, bounded dynamic programme, and a residual programme where that fails.
 
 The dual (see `dual`) bounds every plan from below and leaves a gap of 1e-4 or less to the optimum on tables of
-real models. The bounded programme (see `search`, `programme`) lists all plans of loss below ``dual + delta`` that could be
-best; delta starts small and grows until it covers the gap to the best plan, which is then proven optimal, or
-until the programme exceeds its size. What is left then, the columns whose deviation is within the gap, goes to
-a mixed-integer solver (see `residual`).
+real models. The bounded programme (see `search`, `programme`) lists all plans of loss below ``dual + delta`` that
+could be best; delta starts small and grows until it covers the gap to the best plan, which is then proven optimal,
+or until the programme exceeds its size. What is left then, the columns whose deviation is within the gap, goes to a
+mixed-integer solver (see `residual`).
 
 The programme costs milliseconds as long as it stays small, so it is carried on to a gap of 1e-10 even when the
 caller asks for less; large programmes, millions of columns and the residual get the gap that was asked for.

@@ -264,13 +264,20 @@ random = np.random.default_rng(0)
 groups, count = 20, 12
 use = np.tile(np.arange(1.0, count + 1), groups) * random.uniform(0.9, 1.1, (2, groups * count))
 loss = np.tile(4.0 ** -np.arange(count), groups) * random.uniform(0.5, 1.5, groups * count)
-problem = Problem(
-    group=np.repeat(np.arange(groups), count), mask=np.ones(groups * count, int),
-    choice=np.tile(np.arange(count), groups), loss=loss, usage=use, caps=np.array([90.0, 91.0]), base=np.zeros(2), group_sizes=np.ones(groups, int),
-    resource_names=("memory", "latency"), choice_names=tuple(map(str, range(count))),
-)
 solver = get_solver("exact")
 before = set(sys.modules)
+problem = Problem(
+    group=np.repeat(np.arange(groups), count),
+    mask=np.ones(groups * count, int),
+    choice=np.tile(np.arange(count), groups),
+    loss=loss,
+    usage=use,
+    caps=np.array([90.0, 91.0]),
+    base=np.zeros(2),
+    group_sizes=np.ones(groups, int),
+    resource_names=("memory", "latency"),
+    choice_names=tuple(map(str, range(count))),
+)
 assert solver.solve(problem).status == "optimal"
 print(*sorted(set(sys.modules) - before))
 """

@@ -90,7 +90,9 @@ class Shape:
     def workspace_words(self, batch: int) -> int:
         """32-bit words: counters, padded to 16 bytes, then sums."""
         places = batch * self.key_heads * self.groups
-        return 0 if self.splits == 1 else places + -places % 4 + places * self.splits * self.group * (self.head_size + 2)
+        return (
+            0 if self.splits == 1 else places + -places % 4 + places * self.splits * self.group * (self.head_size + 2)
+        )
 
 
 def unsupported_reason(heads: int, key_heads: int, head_size: int) -> str | None:
@@ -98,7 +100,9 @@ def unsupported_reason(heads: int, key_heads: int, head_size: int) -> str | None
     if head_size % 8 or not 8 <= head_size <= MAX_HEAD_SIZE:
         return f"the attention kernel takes heads of 8 to {MAX_HEAD_SIZE} numbers in steps of 8; got {head_size}."
     if key_heads < 1 or heads % key_heads:
-        return f"the attention kernel wants as many query heads as key heads, or a multiple; got {heads} and {key_heads}."
+        return (
+            f"the attention kernel wants as many query heads as key heads, or a multiple; got {heads} and {key_heads}."
+        )
     return None
 
 
@@ -122,7 +126,9 @@ def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: 
     return Shape(head_size, group, groups, key_heads, splits, warps)
 
 
-def new_workspace(heads: int, key_heads: int, head_size: int, batch: int, capacity: int, device: torch.device) -> Tensor:
+def new_workspace(
+    heads: int, key_heads: int, head_size: int, batch: int, capacity: int, device: torch.device
+) -> Tensor:
     """A workspace for `attend` of these sizes, for launches one after another on one stream: ``(words,)`` int32."""
     if device.type != "cuda":
         return torch.zeros(0, dtype=torch.int32)
@@ -170,7 +176,9 @@ def attend(
     heads = q.shape[1] // head_size
     shape = shape_for(heads, key_heads, head_size, batch, capacity, _multiprocessors(q.device))
     if workspace.numel() < shape.workspace_words(batch):
-        raise KernelError(f"this attention needs a workspace of {shape.workspace_words(batch)} words: see new_workspace().")
+        raise KernelError(
+            f"this attention needs a workspace of {shape.workspace_words(batch)} words: see new_workspace()."
+        )
     places = batch * key_heads * shape.groups
     out = torch.empty(batch, q.shape[1], dtype=q.dtype, device=q.device)
     arguments = (

@@ -98,9 +98,7 @@ def _attend_cuda(
 ) -> Tensor:
     _check_attention(q, k, v, positions, keys, values)
     turning = Turning(cosines, sines, q_weight, k_weight, epsilon)
-    return attention.attend(
-        q, k, v, turning, positions, keys, values, scale=scale, window=window, workspace=workspace
-    )
+    return attention.attend(q, k, v, turning, positions, keys, values, scale=scale, window=window, workspace=workspace)
 
 
 def _turned(heads: Tensor, weight: Tensor | None, epsilon: float, cosine: Tensor, sine: Tensor) -> Tensor:

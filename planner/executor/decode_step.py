@@ -32,7 +32,9 @@ class KeyValueCache:
         dtype: of the activations.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, batch_size: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         config = cast(Any, model).config
         shape = (batch_size, config.num_key_value_heads, capacity, head_size(config))
         self.batch_size, self.capacity = batch_size, capacity
@@ -40,7 +42,7 @@ class KeyValueCache:
         """``(blocks, 2, batch, key heads, capacity, head size)``: keys, then values."""
 
     def keep(self, row: int, block: int, keys: Tensor, values: Tensor) -> None:
-        """Store the first positions of some sequences, ``(sequences, key heads, positions, head size)`` from `row` on."""
+        """Store the first positions of sequences from `row` on, ``(sequences, key heads, positions, head size)``."""
         rows, length = slice(row, row + keys.shape[0]), keys.shape[2]
         self.blocks[block, 0, rows, :, :length] = keys
         self.blocks[block, 1, rows, :, :length] = values
@@ -53,10 +55,10 @@ def head_size(config: Any) -> int:
 
 def unsupported_reason(model: nn.Module) -> str | None:
     """None where `DecodeStep` knows the model, else one sentence that says why not."""
-    config = cast(Any, model).config
     name = type(model).__name__
     if name not in ARCHITECTURES:
-        return f"fused decoding knows {', '.join(sorted(ARCHITECTURES))}; got {name}."
+        return f"fused decoding knows {', '.join(ARCHITECTURES)}; got {name}."
+    config = cast(Any, model).config
     if config.hidden_act != "silu":
         return f"fused decoding knows the activation silu; got {config.hidden_act}."
     return attention.unsupported_reason(config.num_attention_heads, config.num_key_value_heads, head_size(config))
@@ -65,7 +67,9 @@ def unsupported_reason(model: nn.Module) -> str | None:
 class _Block:
     """One decoder block of the stock model, with its part of the cache."""
 
-    def __init__(self, block: Any, keys: Tensor, values: Tensor, angles: tuple[Tensor, Tensor], workspace: Tensor) -> None:
+    def __init__(
+        self, block: Any, keys: Tensor, values: Tensor, angles: tuple[Tensor, Tensor], workspace: Tensor
+    ) -> None:
         attn, mlp = block.self_attn, block.mlp
         self.qkv = Projections([attn.q_proj, attn.k_proj, attn.v_proj])
         self.o = Projections([attn.o_proj])

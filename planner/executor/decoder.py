@@ -104,6 +104,24 @@ class Decoder:
         self.positions.copy_(torch.tensor(lengths) - 1)
         self._longest = max(lengths)
 
+    @torch.inference_mode()
+    def pretend(self, context: int) -> None:
+        """Start from a cache of `context` random positions instead of prompts: for timing.
+
+        Raises:
+            CheckpointError: that is more than the capacity.
+        """
+        if not 1 <= context < self.capacity:
+            raise CheckpointError(f"expected a context of 1 to {self.capacity - 1} tokens; got {context}.")
+        self.cache.blocks.normal_()
+        self.rewind(context)
+
+    @torch.inference_mode()
+    def rewind(self, context: int) -> None:
+        """Go back to where the cache held `context` positions of each sequence."""
+        self.positions.fill_(context - 1)
+        self._longest = context
+
     def _read(self, tokens: Tensor, row: int) -> Tensor:
         """Run ``(sequences, positions)`` tokens through the stock model and keep their keys and values; last logits."""
         from transformers import DynamicCache

@@ -1,8 +1,8 @@
-"""Quantized modules into the places of a stock model's linear layers, each with the implementation that it shall run on.
+"""Quantized modules into the places of a stock model's linear layers, each with the implementation it shall run on.
 
 On a CPU everything runs on `reference`. On a CUDA device a layer runs on the implementation that the plan names; where
-the plan names `reference` (it was made for another machine), kernels run what they can and `reference` the rest. Whoever
-asks for an implementation by name gets it everywhere, or one sentence that says why not.
+the plan names `reference` (it was made for another machine), kernels run what they can and `reference` the rest.
+Whoever asks for an implementation by name gets it everywhere, or one sentence that says why not.
 """
 
 from __future__ import annotations

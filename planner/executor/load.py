@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,12 +123,18 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None
     untyped: Any = model
     unexpected = untyped.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     untyped.tie_weights()
-    for module in list(model.modules()):
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # rotary frequencies: computed from the config, never stored
-                fresh: Any = type(module)(config=untyped.config)
-                setattr(module, name, getattr(fresh, name))
+    fresh_buffers(model)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty or unexpected:
         odd = f"lacks {empty[0]}" if empty else f"has the unknown tensor {unexpected[0]}"
         raise CheckpointError(f"the checkpoint {directory} {odd}; apply the plan again.")
+
+
+def fresh_buffers(model: nn.Module) -> None:
+    """Compute the buffers of a model built without weights that are never stored: rotary frequencies."""
+    config = cast(Any, model).config
+    for module in list(model.modules()):
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                fresh: Any = type(module)(config=config)
+                setattr(module, name, getattr(fresh, name))

@@ -62,10 +62,10 @@ class Projections:
         self._rotation: tuple[Tensor, list[Tensor]] | None = None
         self._products = []
         for module, rows, places in found:
-            rotated = isinstance(module, KernelLinear) and module.rotation is not None and len(seeds) == 1
-            if rotated:
-                self._rotation = module.rotation
-            run: Any = module.product if rotated else module
+            run: Callable[[Tensor], Tensor] = module
+            rotated = False
+            if isinstance(module, KernelLinear) and module.rotation is not None and len(seeds) == 1:
+                self._rotation, rotated, run = module.rotation, True, module.product
             self._products.append(_Product(run, rotated, rows, places))
         self._wants_plain = any(not product.rotated for product in self._products)
         self._count = len(modules)

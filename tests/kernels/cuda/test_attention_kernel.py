@@ -90,10 +90,10 @@ def test_the_twin_is_causal_attention_of_the_whole_sequence():
     heads, key_heads, size, length, window = 6, 2, 32, 12, 5
     q, k, v, turning, _, _, _ = inputs(heads, key_heads, size, (0,) * length, 16, torch.float32, True)
     keys, values = torch.zeros(2, 1, key_heads, 16, size)
-    steps = [
-        twin(q[n : n + 1], k[n : n + 1], v[n : n + 1], turning, torch.tensor([n], dtype=torch.int32), keys, values, 0.2, window)
-        for n in range(length)
-    ]  # fmt: skip
+    steps = []
+    for n in range(length):
+        rows, position = slice(n, n + 1), torch.tensor([n], dtype=torch.int32)
+        steps.append(twin(q[rows], k[rows], v[rows], turning, position, keys, values, 0.2, window))
     places = torch.arange(length)
     mask = (places[None] <= places[:, None]) & (places[None] > places[:, None] - window)
 

@@ -123,7 +123,10 @@ def test_a_norm_is_fused_only_where_blocks_see_whole_rows():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kind_of_pass_compiles(arch):
     pytest.importorskip("cuda.core", reason='kernels are compiled by cuda-core: pip install "msq[cuda]"')
-    for code in [*sources(14336, False, torch.bfloat16, gate=True), *sources(4096, True, torch.float16, norm=True, add=True)]:
+    for code in [
+        *sources(14336, False, torch.bfloat16, gate=True),
+        *sources(4096, True, torch.float16, norm=True, add=True),
+    ]:
         assert compile_source(code, arch)
 
 

@@ -1,7 +1,7 @@
 """Tokens per second of a model as it runs, where a step's time goes, and what its weights take.
 
-A step is timed as it is used: replayed from its CUDA graph (called, on a CPU), the cache filled to the context. Steps of
-a round follow one another without a look at the device in between; a round's time over its steps is one measurement.
+A step is timed as it is used: replayed from its CUDA graph (called, on a CPU), the cache filled to the context. Steps
+of a round follow one another without a look at the device in between; a round's time over its steps is one measurement.
 Weights of a large model drive one another out of the caches, as they do in use.
 """
 

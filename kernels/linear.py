@@ -39,6 +39,7 @@ class QuantizedLinear(nn.Module):
         for name, tensor in weight.tensors():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
+        self._decoded: Tensor | None = None
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -50,7 +51,11 @@ class QuantizedLinear(nn.Module):
         """``(..., in_features)`` -> ``(..., out_features)``, computed in float32, returned in the dtype of `x`."""
         turned = x.float() if self.rotation_seed is None else rotate(x, self.rotation_seed)
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(turned, decode(self.weight), bias).to(x.dtype)
+        return F.linear(turned, decode(self.weight) if self._decoded is None else self._decoded, bias).to(x.dtype)
+
+    def keep_decoded(self) -> None:
+        """Decode now, once for all calls: many times as fast, at 4 bytes a weight; for the device it is on now."""
+        self._decoded = decode(self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.spec.label}, in_features={self.in_features}, out_features={self.out_features}"

@@ -47,13 +47,15 @@ class Timer(ABC):
     def time_once(self, call: Callable[[], object]) -> float:
         """One cold call, microseconds."""
 
-    def measure(self, call: Callable[[], object]) -> Timing:
-        """Median and spread of a call."""
+    def measure(self, call: Callable[[], object], *, before: Callable[[], object] = lambda: None) -> Timing:
+        """Median and spread of a call; `before` runs ahead of each, untimed."""
         for _ in range(self.warm_up):
+            before()
             call()
         begun = time.perf_counter()
         times: list[float] = []
         while len(times) < self.runs and (len(times) < 4 or time.perf_counter() - begun < self.seconds):
+            before()
             times.append(self.time_once(call))
         low, middle, high = statistics.quantiles(times, n=4)
         return Timing(middle, high - low, len(times))

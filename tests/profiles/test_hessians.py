@@ -41,7 +41,7 @@ def test_hessians_are_the_second_moments_of_the_rotated_inputs(tiny_model, tmp_p
     model = load_model(tiny_model, CPU)
     seen = {}
     for name, module in model.named_modules():
-        if name.endswith("_proj"):
+        if name.endswith("_proj") or name == "lm_head":
             module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.__setitem__(name, inputs[0]))
     with torch.no_grad():
         model(calibration(tiny_model, None, tokens=160, window=20, seed=0).windows)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from types import TracebackType
 
 INTERVAL_MS = 200
-_FIELDS = "clocks.sm,clocks.mem,temperature.gpu,power.draw,clocks_throttle_reasons.active"
+_FIELDS = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
+_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
+"""The field's name in newer drivers, and in older ones."""
 _HELD_BACK = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -72,8 +74,8 @@ class GpuMonitor:
         self.samples: list[GpuSample] = []
 
     def __enter__(self) -> GpuMonitor:
-        if shutil.which("nvidia-smi") is not None:
-            command = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits", "-i", self._uuid]
+        command = self._command()
+        if command is not None:
             self._process = subprocess.Popen(
                 [*command, "-lms", str(INTERVAL_MS)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
@@ -88,6 +90,18 @@ class GpuMonitor:
             self._process.terminate()
             self._thread.join()
             self._process.wait()
+
+    def _command(self) -> list[str] | None:
+        """What prints a line; None where there is no `nvidia-smi` or it doesn't know the fields."""
+        if shutil.which("nvidia-smi") is None:
+            return None
+        for reasons in _REASONS:
+            fields = f"--query-gpu={_FIELDS},{reasons}"
+            command = ["nvidia-smi", fields, "--format=csv,noheader,nounits", "-i", self._uuid]
+            printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            if parse_sample(printed.strip(), 0.0) is not None:
+                return command
+        return None
 
     def _read(self) -> None:
         assert self._process is not None and self._process.stdout is not None

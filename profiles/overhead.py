@@ -108,13 +108,13 @@ def static_step(model: Any, batch: int, context: int) -> tuple[Callable[[], Tens
     cache = StaticCache(config=model.config, max_cache_len=context + 1)
     model(input_ids=prompt, past_key_values=cache, use_cache=True)
     token = prompt[:, :1].clone()
-    lengths: list[Tensor] = [cast(Any, layer).cumulative_length for layer in cache.layers]
+    lengths = torch.full((len(cache.layers),), context, dtype=torch.int64, device=device)
+    for layer, length in zip(cache.layers, lengths.unbind(), strict=True):
+        cast(Any, layer).cumulative_length = length  # in one tensor, so that one kernel puts all of them back
     positions = torch.full((batch, 1), context, dtype=torch.int64, device=device)
-    filled = torch.tensor(context, dtype=torch.int64, device=device)
 
     def reset() -> None:
-        for length in lengths:
-            length.copy_(filled)
+        lengths.fill_(context)
 
     def step() -> Tensor:
         logits: Tensor = model(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True).logits

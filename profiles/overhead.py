@@ -113,8 +113,12 @@ def static_step(model: Any, batch: int, context: int) -> tuple[Callable[[], Tens
         cast(Any, layer).cumulative_length = length  # in one tensor, so that one kernel puts all of them back
     positions = torch.full((batch, 1), context, dtype=torch.int64, device=device)
 
+    sliding = [cast(Any, layer) for layer in cache.layers if hasattr(layer, "cumulative_length_int")]
+
     def reset() -> None:
         lengths.fill_(context)
+        for layer in sliding:  # counts in Python too
+            layer.cumulative_length_int = context
 
     def step() -> Tensor:
         logits: Tensor = model(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True).logits

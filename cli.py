@@ -1,4 +1,4 @@
-"""The command line: `msq profile | plan | frontier | compare | apply | evaluate | generate | doctor | demo`.
+"""The command line, `msq COMMAND`: profile, plan, apply and what belongs to them; `msq --help` lists all.
 
 Each command only reads its arguments, calls one function of the package, and prints. Heavy imports are inside the
 commands, so that `msq plan` starts without torch. Exit codes: 0 success, 2 bad usage or input, 3 a budget that can't be
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_planning, cli_profiles
+from . import __version__, cli_checks, cli_planning, cli_profiles
 from .cli_options import Device, Json, Quantizers, Seed, Tokens, Window, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
@@ -186,6 +186,9 @@ def apply(
         print_json(facts)
     else:
         print(f"{facts['layers']} layers in {applied.memory_bytes} bytes, as promised; checkpoint in {out}")
+
+
+app.command()(cli_checks.check)
 
 
 @app.command()

@@ -83,7 +83,7 @@ def divisions(device: torch.device) -> Iterator[Row]:
         tables = rotation_tables(size, 0, device)
         code = hadamard.source(step, split, dtypes=(x.dtype, x.dtype), signs=True, norm=False, gate=False)
         matrix = matrix_table(step, group).to(device)
-        arguments = (x, size, None, 0, out, tables.signs, matrix, size**-0.5, 0.0)
+        arguments = (x, size, None, 0, out, tables.signs, matrix, size**-0.5, 0.0, None, 0, None)
         kernel = jit.load(code, device)
         call = partial(kernel.launch, step.order // group, 32 * warps_k, arguments, programmatic=True)
         yield row("divide", str(size), 1, time_launches([call]), f"warps_k={warps_k} group={group}")

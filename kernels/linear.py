@@ -92,6 +92,10 @@ class FusedLinear(nn.Module):
         weights: packed layers that `stack` takes.
         biases: ``(out_features,)`` or None for each.
         implementation: what runs the product; None for the reference.
+
+    Attributes:
+        linear: the module that runs the product.
+        rows: of each layer.
     """
 
     def __init__(
@@ -108,13 +112,13 @@ class FusedLinear(nn.Module):
                 [w.scales.new_zeros(w.out_features) if b is None else b for w, b in zip(weights, biases, strict=True)]
             )
         self.linear = (implementation or ReferenceImplementation()).linear(stack(weights), bias)
-        self._rows = rows
+        self.rows = rows
         self._input: tuple[Tensor, int | None] | None = None
         self._waiting: dict[int, Tensor] = {}
 
     def slices(self) -> list[FusedSlice]:
         """One module per layer, in order; the first one owns the weights."""
-        return [FusedSlice(self, index) for index in range(len(self._rows))]
+        return [FusedSlice(self, index) for index in range(len(self.rows))]
 
     def rows_of(self, index: int, x: Tensor) -> Tensor:
         """The output of layer `index` for `x`, ``(..., rows[index])``."""
@@ -122,7 +126,7 @@ class FusedLinear(nn.Module):
         known = self._input is not None and self._input[0] is x and self._input[1] == version
         if not known or index not in self._waiting:
             self._input = (x, version)
-            self._waiting = dict(enumerate(self.linear(x).split(self._rows, dim=-1)))
+            self._waiting = dict(enumerate(self.linear(x).split(self.rows, dim=-1)))
         result = self._waiting.pop(index)
         if not self._waiting:
             self._input = None
@@ -139,12 +143,17 @@ class FusedSlice(nn.Module):
         if index == 0:
             self.fused = fused
 
+    @property
+    def fused_linear(self) -> FusedLinear:
+        """What runs the product of all slices."""
+        return self._shared[0]
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._shared[0].rows_of(self.index, x)
+        return self.fused_linear.rows_of(self.index, x)
 
     def extra_repr(self) -> str:
-        fused = self._shared[0]
-        return f"rows {self.index} of {len(fused._rows)}, {fused.linear.extra_repr()}"
+        fused = self.fused_linear
+        return f"rows {self.index} of {len(fused.rows)}, {fused.linear.extra_repr()}"
 
 
 class Implementation(ABC):

@@ -174,23 +174,32 @@ class _Step:
 
 
 def source(
-    step: Pass, split: Division, *, dtypes: tuple[torch.dtype, torch.dtype], signs: bool, norm: bool, gate: bool
+    step: Pass,
+    split: Division,
+    *,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    signs: bool,
+    norm: bool,
+    gate: bool,
+    add: bool = False,
 ) -> Source:
     """The kernel of one pass.
 
     Args:
         dtypes: of what is read and written.
         signs: whether the random signs are applied first (the first pass of a rotation).
-        norm, gate: what stands before (`rotate_normed`, `rotate_gated`).
+        norm, gate, add: what stands before (`rotate_normed`, `rotate_gated`, `rotate_added`).
     """
     macros = {"OUTER": step.outer, "ORDER": step.order, "INNER": step.inner, "COLUMNS": step.columns}
     macros |= {"VECTOR": split.vector, "WARPS_K": split.warps_k, "WARPS_J": split.warps_j, "GROUP": split.group}
     macros |= {"IN": _FORMATS[dtypes[0]], "OUT": _FORMATS[dtypes[1]]}
-    flags = {"FWHT": step.transform, "SIGNS": signs, "NORM": norm, "GATE": gate}
+    flags = {"FWHT": step.transform, "SIGNS": signs, "NORM": norm, "GATE": gate, "ADD": add}
     return Source("hadamard.cu", "rotate", macros | {name: int(value) for name, value in flags.items()})
 
 
-def sources(size: int, many_rows: bool, dtype: torch.dtype, *, norm: bool = False, gate: bool = False) -> list[Source]:
+def sources(
+    size: int, many_rows: bool, dtype: torch.dtype, *, norm: bool = False, gate: bool = False, add: bool = False
+) -> list[Source]:
     """The kernels of one rotation, in order."""
     steps = passes(size, many_rows)
     between = [dtype, *[torch.float32] * (len(steps) - 1), dtype]
@@ -202,6 +211,7 @@ def sources(size: int, many_rows: bool, dtype: torch.dtype, *, norm: bool = Fals
             signs=n == 0,
             norm=norm and n == 0,
             gate=gate and n == 0,
+            add=add and n == 0,
         )
         for n, step in enumerate(steps)
     ]
@@ -209,10 +219,10 @@ def sources(size: int, many_rows: bool, dtype: torch.dtype, *, norm: bool = Fals
 
 @cache
 def _steps(
-    size: int, many_rows: bool, dtype: torch.dtype, norm: bool, gate: bool, device: torch.device
+    size: int, many_rows: bool, dtype: torch.dtype, norm: bool, gate: bool, add: bool, device: torch.device
 ) -> tuple[_Step, ...]:
     found = []
-    compiled = sources(size, many_rows, dtype, norm=norm, gate=gate)
+    compiled = sources(size, many_rows, dtype, norm=norm, gate=gate, add=add)
     for step, code in zip(passes(size, many_rows), compiled, strict=True):
         split = division(step, many_rows)
         slices = step.order // (split.group * split.warps_j)
@@ -246,9 +256,30 @@ def rotate_normed(x: Tensor, weight: Tensor, epsilon: float, tables: RotationTab
         x: as for `rotate`; `fuses_norm` must hold for its size.
         weight: ``(size,)``, dtype of `x`.
     """
+    _check_norm(x)
+    return _run(x, weight, tables, norm=True, epsilon=epsilon)
+
+
+def _check_norm(x: Tensor) -> None:
     if not fuses_norm(x.shape[1]):
         raise KernelError(f"a rotation of {x.shape[1]} takes several passes or blocks: apply the norm before it.")
-    return _run(x, weight, tables, norm=True, epsilon=epsilon)
+
+
+def rotate_added(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, tables: RotationTables
+) -> tuple[Tensor, Tensor]:
+    """`rotate_normed` of ``x + residual``, and that sum, rounded to the dtype of `x` before the norm.
+
+    Args:
+        x, residual: as `x` for `rotate`, of one shape and dtype; `fuses_norm` must hold for their size.
+        weight: ``(size,)``, dtype of `x`.
+
+    Returns:
+        The rotation and the sum, ``(rows, size)`` each.
+    """
+    _check_norm(x)
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _run(x, weight, tables, norm=True, epsilon=epsilon, residual=residual, total=total), total
 
 
 def rotate_gated(gate: Tensor, up: Tensor, tables: RotationTables) -> Tensor:
@@ -268,14 +299,24 @@ def _aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _run(x: Tensor, second: Tensor | None, tables: RotationTables, *, norm: bool, epsilon: float) -> Tensor:
+def _run(
+    x: Tensor,
+    second: Tensor | None,
+    tables: RotationTables,
+    *,
+    norm: bool,
+    epsilon: float,
+    residual: Tensor | None = None,
+    total: Tensor | None = None,
+) -> Tensor:
     rows, size = x.shape
     many_rows = rows >= MANY_ROWS
-    steps = _steps(size, many_rows, x.dtype, norm, second is not None and not norm, x.device)
+    steps = _steps(size, many_rows, x.dtype, norm, second is not None and not norm, residual is not None, x.device)
     matrices = tables.matrices[-len(steps) :] if many_rows else tables.matrices
     dtype, source_rows = x.dtype, _aligned(x)
     if second is not None:
         second = second.contiguous() if norm else _aligned(second)
+    residual = None if residual is None else _aligned(residual)
     for number, step in enumerate(steps):
         written = dtype if number == len(steps) - 1 else torch.float32
         out = torch.empty(rows, size, dtype=written, device=x.device)
@@ -289,8 +330,11 @@ def _run(x: Tensor, second: Tensor | None, tables: RotationTables, *, norm: bool
             matrices[number],
             step.scale,
             epsilon,
+            residual,
+            0 if residual is None else residual.stride(0),
+            total,
         )
         if rows:
             step.kernel.launch(step.blocks * rows, step.threads, arguments, programmatic=True)
-        source_rows, second = out, None
+        source_rows, second, residual, total = out, None, None, None
     return source_rows

@@ -167,6 +167,7 @@ def _write(
                     in_features=layer.in_features,
                     rotation_seed=quantized.rotation_seed,
                     pattern=entries[layer.name].pattern,
+                    implementation=entries[layer.name].implementation,
                 )
                 for name, tensor in quantized.tensors():
                     yield f"{layer.name}.{name}", tensor.cpu()

@@ -138,7 +138,7 @@ def test_work_goes_to_the_device_of_its_arguments(weights):
 
 def test_launch_errors_are_named():
     kernel = jit.load(hadamard.sources(64, False, torch.float16)[0], torch.device("cuda"))
-    with pytest.raises(KernelError, match="takes 9 arguments; got 1"):
+    with pytest.raises(KernelError, match="takes 12 arguments; got 1"):
         kernel.launch(1, 32, (None,))
     with pytest.raises(KernelError, match="bytes of shared memory"):
-        kernel.launch(1, 32, (None,) * 9, shared_bytes=1 << 20)
+        kernel.launch(1, 32, (None,) * 12, shared_bytes=1 << 20)

@@ -109,6 +109,7 @@ def profile(
     """Measure what every quantizer costs every layer: loss, bytes, microseconds."""
     from .cli_profiles import finish_profile, measure_latencies
     from .kernels.rotation import rotation_note
+    from .planner.executor.overhead import ExecutorOverhead
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
     from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
@@ -131,7 +132,12 @@ def profile(
         head=head,
         **({} if context is None else {"context": context}),
     )
-    done = finish_profile(lambda: run_profile(resolve_model(model), out, settings, name=model, restart=restart), out)
+    done = finish_profile(
+        lambda: run_profile(
+            resolve_model(model), out, settings, name=model, overhead=ExecutorOverhead(), restart=restart
+        ),
+        out,
+    )
     for remark in filter(None, map(rotation_note, sorted(set(done.layers["in_features"])))):
         note(f"msq: {remark}.")
     facts = {"profile": str(out), "digest": done.digest, "layers": len(done.layers), "quantizers": len(done.quantizers)}

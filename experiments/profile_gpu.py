@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..planner.executor.overhead import ExecutorOverhead
 from ..profiles.latency_job import LatencySettings, run_latency_profile
 from ..profiles.options import parse_batch_sizes, parse_palette
 from ..profiles.schema import HEAD, MANIFEST_FILE
@@ -83,7 +84,7 @@ def main() -> None:
             console.print(f"no time left for {name}")
             continue
         else:
-            profile = run_latency_profile(resolve_config(name), out, settings)
+            profile = run_latency_profile(resolve_config(name), out, settings, overhead=ExecutorOverhead())
         tables.append(summary(name, profile, time.perf_counter() - started))
     for table in tables:
         console.print(table)

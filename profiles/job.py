@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal
 from .latency import measure_latency, monitored
 from .models import choose_device, load_model
-from .overhead import METHOD, measure_head, measure_overhead
+from .overhead import METHOD, StepOverhead, measure_head, measure_overhead, stock_overhead
 from .quantizer_errors import measure_errors
 from .schema import MANIFEST_FILE, LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, save_profile
-from .timing import timer_for
+from .timing import Timer, timer_for
 
 _BY_NOISE = (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL)
 HESSIANS_DIR = "hessians"
@@ -103,13 +103,22 @@ class ProfileSettings:
             raise ProfileError(f"expected distinct batch sizes of at least 1; got {self.batch_sizes}.")
 
 
-def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: str, restart: bool = False) -> Profile:
+def run_profile(
+    model_dir: Path,
+    out: Path,
+    settings: ProfileSettings,
+    *,
+    name: str,
+    overhead: StepOverhead | None = None,
+    restart: bool = False,
+) -> Profile:
     """Measure a model and write its profile.
 
     Args:
         model_dir: a Hugging Face directory with safetensors weights.
         out: the profile's directory; made if missing.
         name: what to call the model in the profile.
+        overhead: how the overhead of a decoding step is measured; None for that of the stock model.
         restart: drop what an interrupted or finished job left in `out`.
 
     Raises:
@@ -129,10 +138,11 @@ def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: 
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
+    job |= {"overhead": METHOD[device.type] if overhead is None else overhead.method}
     with Journal(journal_path, job, restart=restart) as journal:
         if restart:
             shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
-        profile = _measure(model_dir, out, settings, model_info, digest, tokens, device, journal)
+        profile = _measure(model_dir, out, settings, model_info, digest, tokens, overhead, device, journal)
         journal_path.unlink()
         shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
     return profile
@@ -157,16 +167,14 @@ def _measure(
     model_info: ModelInventory,
     digest: str,
     tokens: Calibration,
+    overhead: StepOverhead | None,
     device: torch.device,
     journal: Journal,
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
-    model = load_model(model_dir, device)
-    sensitivities = _sensitivities(model, layers, windows, settings, journal)
-    overhead = _overhead(model, settings, model_info, device, journal)
-    dtype = next(model.parameters()).dtype
-    del model
+    timer = timer_for(device)
+    sensitivities, beside, dtype = _run_model(model_dir, layers, windows, settings, overhead, device, timer, journal)
     hessians = None
     if settings.error == "proxy":
         hessians = collect_hessians(
@@ -175,7 +183,6 @@ def _measure(
     errors = measure_errors(
         model_dir, layers, settings.specs, seed=settings.seed, device=device, journal=journal, hessians=hessians
     )
-    timer = timer_for(device)
     batches: dict[str, Any] = {"batch_sizes": settings.batch_sizes, "device": device, "dtype": dtype, "timer": timer}
     with monitored(device) as monitor:
         latencies = measure_latency(layers, settings.specs, journal=journal, monitor=monitor, **batches)
@@ -184,8 +191,8 @@ def _measure(
     latency = (
         LatencyPart(
             batch_sizes=settings.batch_sizes,
-            overhead_us=overhead,
-            overhead_method=METHOD[device.type],
+            overhead_us=beside,
+            overhead_method=METHOD[device.type] if overhead is None else overhead.method,
             context=settings.context,
             head_us=head,
         )
@@ -224,6 +231,29 @@ def _measure(
     )
 
 
+def _run_model(
+    model_dir: Path,
+    layers: Sequence[LayerInfo],
+    windows: Tensor,
+    settings: ProfileSettings,
+    overhead: StepOverhead | None,
+    device: torch.device,
+    timer: Timer,
+    journal: Journal,
+) -> tuple[dict[str, Sensitivity], dict[int, float], torch.dtype]:
+    """What needs the whole model in memory: sensitivities and overheads; and the dtype it runs in."""
+    model = load_model(model_dir, device)
+    sensitivities = _sensitivities(model, layers, windows, settings, journal)
+
+    def step_us(batch_sizes: Sequence[int]) -> Mapping[int, float]:
+        if overhead is None:
+            return stock_overhead(model, layers, settings.context, timer, batch_sizes)
+        return overhead(model_dir, layers, batch_sizes, settings.context, device)
+
+    beside = measure_overhead(step_us, batch_sizes=settings.batch_sizes, journal=journal)
+    return sensitivities, beside, next(model.parameters()).dtype
+
+
 def middle_quantizer(specs: Sequence[QuantizerSpec]) -> QuantizerSpec:
     """The quantizer that direct sensitivities swap in: of a palette, the one in the middle by bits."""
     return sorted(specs, key=lambda spec: (spec.bits, spec))[len(specs) // 2]
@@ -238,16 +268,3 @@ def _sensitivities(
     if settings.method is LossMethod.DIRECT:
         return measure_direct(model, layers, windows, spec=middle_quantizer(settings.specs), journal=journal, **shared)
     return measure_sensitivities(model, layers, windows, noise=settings.noise, journal=journal, **shared)
-
-
-def _overhead(
-    model: nn.Module, settings: ProfileSettings, model_info: ModelInventory, device: torch.device, journal: Journal
-) -> dict[int, float]:
-    return measure_overhead(
-        model,
-        model_info.layers,
-        batch_sizes=settings.batch_sizes,
-        context=settings.context,
-        timer=timer_for(device),
-        journal=journal,
-    )

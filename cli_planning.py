@@ -61,6 +61,10 @@ def plan(
     stability: Annotated[
         int, typer.Option(min=0, help="Resample the sensitivities so often and count how choices change.")
     ] = 0,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="What `msq benchmark --json` printed: puts the profile's overheads right first; repeatable."),
+    ] = None,
     solver: Annotated[
         str | None, typer.Option(help="Backend; `msq doctor` lists them. Default: exact; scip with same/distinct.")
     ] = None,
@@ -82,6 +86,8 @@ def plan(
     if out is not None:
         check_writable(out, PlanError)
     measured = load(profile)
+    if calibrate:
+        measured = _calibrated(measured, profile, calibrate)
     if stability:
         standard_errors(measured)
     found = find_plan(
@@ -112,6 +118,19 @@ def plan(
     _print_plan(found.plan)
     if moved is not None:
         _print_stability(moved, found.constrained.built.profile.layer_names)
+
+
+def _calibrated(measured: Profile, directory: Path, benchmarks: list[Path]) -> Profile:
+    """The profile with its overheads put right, in memory and on disk; says how far runs and promises are apart."""
+    from .planner.calibrate import calibrate, load_run
+
+    found, steps = calibrate(measured, directory, [load_run(path) for path in benchmarks])
+    for step in steps:
+        note(
+            f"msq: {benchmarks[step.run]}, batch {step.batch_size}: {step.measured_us:.1f} us a step, promised "
+            f"{step.promised_us:.1f}, calibrated {step.calibrated_us:.1f} ({100 * step.error:+.1f}%)"
+        )
+    return found
 
 
 def _print_plan(found: Plan) -> None:

@@ -143,7 +143,7 @@ def collect_hessians(
             write_atomic(directory / JOB_FILE, job)
     except OSError as cause:
         raise ProfileError(f"can't write the Hessians to {directory}: {cause.strerror or cause}.") from cause
-    missing = [block for block in range(info.blocks) if not files.path(block).exists()]
+    missing = [block for block in sorted({layer.block for layer in info.layers}) if not files.path(block).exists()]
     if missing:
         with progress("hessians", missing[-1] + 1) as advance:
             model = StreamedModel(model_dir, tokens.windows, device)

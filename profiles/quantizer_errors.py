@@ -31,7 +31,7 @@ _SAMPLE = (256, 1024)
 def read_weight(directory: Path, layer: LayerInfo) -> Tensor:
     """One weight from its safetensors file, ``(out_features, in_features)``, on the CPU."""
     with safe_open(directory / layer.file, framework="pt") as file:
-        weight: Tensor = file.get_tensor(f"{layer.name}.weight")
+        weight: Tensor = file.get_tensor(layer.stored_as)
     return weight
 
 

@@ -31,6 +31,7 @@ from ...profiles.job import model_digest
 from ...profiles.models import choose_device
 from ...profiles.progress import progress
 from ...profiles.quantizer_errors import read_weight
+from ...profiles.schema import HEAD
 from ..errors import PlanError
 from ..plan import Plan, save_plan
 from .errors import CheckpointError
@@ -79,7 +80,7 @@ def apply_plan(
         CheckpointError: `out` is taken, can't be written, or its bytes are not the promised ones.
     """
     where = choose_device(device)
-    info = inventory(model_dir, name=plan.model.name)
+    info = inventory(model_dir, name=plan.model.name, head=any(entry.layer == HEAD for entry in plan.layers))
     _check_model(plan, info, model_dir)
     if plan.profile.error == "proxy" and hessian is None:
         raise PlanError(
@@ -181,6 +182,8 @@ def _write(
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     quantization = QuantizationConfig(quantizers=plan.quantizers, layers=described)
     config["quantization_config"] = quantization.model_dump(mode="json")
+    if HEAD in described:
+        config["tie_word_embeddings"] = False  # the embedding stays, the head has codes of its own
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for pattern in _COPIED:
         for path in sorted(model_dir.glob(pattern)):
@@ -197,6 +200,7 @@ def _write(
 def _unplanned(model_dir: Path, info: ModelInventory) -> Iterator[tuple[str, Tensor]]:
     """Every stored tensor that the plan leaves as it is."""
     planned = {f"{layer.name}.weight" for layer in info.layers}
+    # the embedding is written even where a planned head was tied to it
     for path in weight_files(model_dir):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)

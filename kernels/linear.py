@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,18 @@ def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     rows = sum(w.out_features for w in weights)
     scales = torch.cat([w.scales for w in weights])
     return QuantizedWeight(first.spec, rows, first.in_features, first.rotation_seed, packed, scales, first.codebook)
+
+
+def unstack(weight: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
+    """Inverse of `stack`: the weights that it was made of, `rows` of each."""
+    found, start = [], 0
+    for count in rows:
+        tiles = slice(start // TILE, -(-(start + count) // TILE))
+        packed = tuple(part[tiles] for part in weight.packed)
+        scales = weight.scales[start : start + count]
+        found.append(replace(weight, out_features=count, packed=packed, scales=scales))
+        start += count
+    return found
 
 
 class FusedLinear(nn.Module):

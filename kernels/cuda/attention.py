@@ -29,6 +29,7 @@ MAX_HEAD_SIZE = 256
 _MAX_GROUP = 8
 """Query heads of a block; more would need more registers than a thread has."""
 _MAX_SPLITS = 32
+_BLOCKS_PER_MULTIPROCESSOR = 2
 _MAX_WARPS = 8
 _FEWEST_POSITIONS = 16
 """Positions for which a block of its own is worth the joining."""
@@ -108,7 +109,7 @@ def unsupported_reason(heads: int, key_heads: int, head_size: int) -> str | None
 
 @cache
 def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: int, multiprocessors: int) -> Shape:
-    """A division of work that gives every multiprocessor a block where there are positions enough.
+    """A division of work that gives every multiprocessor its blocks where there are positions enough.
 
     Raises:
         KernelError: unsupported heads.
@@ -120,7 +121,8 @@ def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: 
     limit = _MAX_GROUP if head_size <= 128 else _MAX_GROUP // 2
     group = next(g for g in range(min(sharing, limit), 0, -1) if sharing % g == 0)
     groups = sharing // group
-    splits = max(1, min(multiprocessors // (batch * key_heads * groups), capacity // _FEWEST_POSITIONS, _MAX_SPLITS))
+    filling = _BLOCKS_PER_MULTIPROCESSOR * multiprocessors // (batch * key_heads * groups)
+    splits = max(1, min(filling, capacity // _FEWEST_POSITIONS, _MAX_SPLITS))
     room = SHARED_LIMIT - 4 * (group + 1) * head_size
     warps = max(w for w in (1, 2, 4, _MAX_WARPS) if w == 1 or 4 * w * group * (head_size + 2) + 64 <= room)
     return Shape(head_size, group, groups, key_heads, splits, warps)

@@ -115,9 +115,10 @@ def division(step: Pass, many_rows: bool) -> Division:
         vector = min(8, step.columns)
         terms = step.order * step.columns // (32 * vector)  # of a lane, with one warp
         warps_k = 1
-        while warps_k < 8 and terms > 4 * warps_k:
+        while warps_k < 16 and terms > 4 * warps_k:
             warps_k *= 2
-        return Division(vector, warps_k, 1, _largest_divisor(step.order, 4))
+        room = (SHARED_LIMIT - 1024) // (warps_k * 32 * vector * 4)
+        return Division(vector, warps_k, 1, _largest_divisor(step.order, min(4, room)))
     vector = step.columns // 32 if step.columns >= 32 else min(8, step.columns)
     group = _largest_divisor(step.order, _MATRIX_GROUPS)
     alone = step.columns >= 32  # a warp has whole sums: no shared memory

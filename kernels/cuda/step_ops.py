@@ -3,7 +3,8 @@
     msq::rotate_added(x, residual, weight, epsilon, signs, matrices)     rotation of a normed sum, and the sum
     msq::attend(q, k, v, cosines, ..., positions, keys, values, ...)     attention over a cache, which it extends
 
-They follow the rules of `ops`; `attend` alone changes what it is given, `keys` and `values` at `positions`.
+They follow the rules of `ops`; `attend` alone changes what it is given: `keys` and `values` at `positions`, and the
+workspace, whose counters are zero before and after.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ def _attend_fake(q: Tensor, *_: Any) -> Tensor:
 
 define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor cosines, Tensor sines, Tensor? q_weight, Tensor? k_weight,"
-    " float epsilon, Tensor positions, Tensor(a!) keys, Tensor(b!) values, Tensor workspace, float scale, int window)"
-    " -> Tensor",
+    " float epsilon, Tensor positions, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) workspace, float scale,"
+    " int window) -> Tensor",
     cuda=_attend_cuda,
     cpu=_attend_cpu,
     fake=_attend_fake,

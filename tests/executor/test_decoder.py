@@ -8,7 +8,7 @@ from msq.kernels.quantize import quantize
 from msq.kernels.rotation import input_seed
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.executor.decode_step import DecodeStep, KeyValueCache, unsupported_reason
-from msq.planner.executor.decoder import Decoder
+from msq.planner.executor.decoder import Decoder, likeliest
 from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.install import Place, install
 
@@ -120,3 +120,9 @@ def test_what_can_not_be_run_says_so():
     assert "silu; got gelu" in str(unsupported_reason(model))
     with pytest.raises(CheckpointError, match="stock model instead"):
         DecodeStep(torch.nn.Linear(1, 1), KeyValueCache(make_model("llama"), 1, 4, torch.float32, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("size", [1, 96, 97, 1024, 1009, 32000])
+def test_the_likeliest_token_is_the_first_of_the_highest(size):
+    logits = torch.randint(0, 50, (5, size), generator=torch.Generator().manual_seed(size)).half()
+    assert torch.equal(likeliest(logits), logits.argmax(-1))

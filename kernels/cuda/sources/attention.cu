@@ -39,13 +39,17 @@ __device__ __forceinline__ float warp_sum(float value) {
     return value;
 }
 
-// Turns one head by its position, a warp at work: numbers i and i + HALF are a pair that turns by angle i.
+// One number of each pair that a lane turns: pair i is numbers i and i + HALF of a head, and lane i % 32 has it.
+constexpr int PAIRS = (HALF + LANES - 1) / LANES;
+typedef float Pairs[PAIRS];
+
+// Turns one head by its position, a warp at work.
 __device__ __forceinline__ void turn(
-    const u16* head, const u16* weight, float epsilon, const float* cosines, const float* sines, int lane, float scale,
-    float (&low)[(HALF + LANES - 1) / LANES], float (&high)[(HALF + LANES - 1) / LANES]) {
+    const u16* head, const u16* weight, float epsilon, const Pairs& cosines, const Pairs& sines, int lane, float scale,
+    Pairs& low, Pairs& high) {
     float power = 0;
 #pragma unroll
-    for (int n = 0; n * LANES < HALF; ++n) {
+    for (int n = 0; n < PAIRS; ++n) {
         int i = n * LANES + lane;
         if (i < HALF) {
             low[n] = from_bits(head[i]), high[n] = from_bits(head[i + HALF]);
@@ -54,13 +58,13 @@ __device__ __forceinline__ void turn(
     }
     if constexpr (NORM) scale *= rsqrtf(warp_sum(power) / HEAD_SIZE + epsilon);
 #pragma unroll
-    for (int n = 0; n * LANES < HALF; ++n) {
+    for (int n = 0; n < PAIRS; ++n) {
         int i = n * LANES + lane;
         if (i < HALF) {
             float first = low[n] * scale, second = high[n] * scale;
             if constexpr (NORM) first *= from_bits(weight[i]), second *= from_bits(weight[i + HALF]);
-            low[n] = first * cosines[i] - second * sines[i];
-            high[n] = second * cosines[i] + first * sines[i];
+            low[n] = first * cosines[n] - second * sines[n];
+            high[n] = second * cosines[n] + first * sines[n];
         }
     }
 }
@@ -117,16 +121,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         }
     };
     load(first_key);
+    Pairs cosine, sine;
+#pragma unroll
+    for (int n = 0; n < PAIRS; ++n) {
+        int i = n * LANES + lane;
+        if (i < HALF) cosine[n] = cosines[(long long)position * HALF + i], sine[n] = sines[(long long)position * HALF + i];
+    }
     wait_for_previous_kernels();
 
-    const float *cosine = cosines + (long long)position * HALF, *sine = sines + (long long)position * HALF;
     for (int head = warp; head < GROUP + 2; head += WARPS) {
-        float low[(HALF + LANES - 1) / LANES], high[(HALF + LANES - 1) / LANES];
+        Pairs low, high;
         if (head < GROUP) {
             const u16* row = q + (long long)sequence * q_stride + (first_head + head) * HEAD_SIZE;
             turn(row, q_weight, epsilon, cosine, sine, lane, scale, low, high);
 #pragma unroll
-            for (int n = 0; n * LANES < HALF; ++n) {
+            for (int n = 0; n < PAIRS; ++n) {
                 int i = n * LANES + lane;
                 if (i < HALF) queries[head * HEAD_SIZE + i] = low[n], queries[head * HEAD_SIZE + i + HALF] = high[n];
             }
@@ -137,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
                 const u16* row = k + (long long)sequence * k_stride + key_head * HEAD_SIZE;
                 turn(row, k_weight, epsilon, cosine, sine, lane, 1.0f, low, high);
 #pragma unroll
-                for (int n = 0; n * LANES < HALF; ++n) {
+                for (int n = 0; n < PAIRS; ++n) {
                     int i = n * LANES + lane;
                     if (i < HALF) {
                         new_key[i] = to_bits(low[n]), new_key[i + HALF] = to_bits(high[n]);

@@ -167,10 +167,7 @@ __device__ __forceinline__ void store_global(u32* pointer, u32 value) {
 // be seen by a block that reads the counter later, after a `block_sync` of its own.
 __device__ __forceinline__ u32 count_up(u32* counter) {
     u32 before;
-    asm volatile("fence.acq_rel.gpu; atom.add.acq_rel.gpu.global.u32 %0, [%1], 1; fence.acq_rel.gpu;"
-                 : "=r"(before)
-                 : "l"(counter)
-                 : "memory");
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
 }
 

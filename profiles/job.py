@@ -138,7 +138,6 @@ def run_profile(
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
-    job |= {"overhead": METHOD[device.type] if overhead is None else overhead.method}
     with Journal(journal_path, job, restart=restart) as journal:
         if restart:
             shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
@@ -173,8 +172,10 @@ def _measure(
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
-    timer = timer_for(device)
-    sensitivities, beside, dtype = _run_model(model_dir, layers, windows, settings, overhead, device, timer, journal)
+    timer, method = timer_for(device), METHOD[device.type] if overhead is None else overhead.method
+    sensitivities, beside, dtype = _run_model(
+        model_dir, layers, windows, settings, overhead, method, device, timer, journal
+    )
     hessians = None
     if settings.error == "proxy":
         hessians = collect_hessians(
@@ -192,7 +193,7 @@ def _measure(
         LatencyPart(
             batch_sizes=settings.batch_sizes,
             overhead_us=beside,
-            overhead_method=METHOD[device.type] if overhead is None else overhead.method,
+            overhead_method=method,
             context=settings.context,
             head_us=head,
         )
@@ -237,6 +238,7 @@ def _run_model(
     windows: Tensor,
     settings: ProfileSettings,
     overhead: StepOverhead | None,
+    method: str,
     device: torch.device,
     timer: Timer,
     journal: Journal,
@@ -250,7 +252,7 @@ def _run_model(
             return stock_overhead(model, layers, settings.context, timer, batch_sizes)
         return overhead(model_dir, layers, batch_sizes, settings.context, device)
 
-    beside = measure_overhead(step_us, batch_sizes=settings.batch_sizes, journal=journal)
+    beside = measure_overhead(step_us, method, batch_sizes=settings.batch_sizes, journal=journal)
     return sensitivities, beside, next(model.parameters()).dtype
 
 

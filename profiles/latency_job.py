@@ -96,7 +96,6 @@ def run_latency_profile(
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"config": sha256_file(config), "quantizers": [spec.label for spec in settings.specs]}
-    job |= {"overhead": METHOD[device.type] if overhead is None else overhead.method}
     with Journal(out / JOURNAL_FILE, job, restart=restart) as journal:
         profile = _measure(config, info, out, settings, overhead, device, journal)
         (out / JOURNAL_FILE).unlink()
@@ -113,6 +112,7 @@ def _measure(
     journal: Journal,
 ) -> Profile:
     layers, timer = info.layers, timer_for(device)
+    method = METHOD[device.type] if overhead is None else overhead.method
     dtype = _DTYPES[layers[0].dtype] if device.type == "cuda" else torch.float32
     with monitored(device) as monitor:
         latencies = measure_latency(
@@ -127,6 +127,7 @@ def _measure(
         )
         beside = measure_overhead(
             partial(_overhead, config, info, settings, overhead, device, dtype, timer),
+            method,
             batch_sizes=settings.batch_sizes,
             journal=journal,
         )
@@ -143,7 +144,7 @@ def _measure(
             latency=LatencyPart(
                 batch_sizes=settings.batch_sizes,
                 overhead_us=beside,
-                overhead_method=METHOD[device.type] if overhead is None else overhead.method,
+                overhead_method=method,
                 context=settings.context,
                 head_us=head,
             ),

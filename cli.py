@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_checks, cli_planning, cli_profiles
+from . import __version__, cli_checks, cli_planning, cli_profiles, cli_running
 from .cli_options import Device, Json, Quantizers, Seed, Tokens, Window, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
@@ -225,26 +225,8 @@ def evaluate(
         print(f"KL to {reference}: {result.kl:.6f} nats per token")
 
 
-@app.command()
-def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint or model.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    device: Device = "cpu",
-    json_output: Json = False,
-) -> None:
-    """Go on from a prompt, greedily."""
-    from .experiments.evaluate import load_any
-    from .planner.executor.generate import generate_text
-    from .profiles.model_source import resolve_model
-    from .profiles.models import load_tokenizer
-
-    directory = resolve_model(checkpoint)
-    text = generate_text(load_any(directory, device), load_tokenizer(directory), prompt, max_tokens)
-    if json_output:
-        print_json({"prompt": prompt, "text": text})
-    else:
-        print(prompt + text)
+app.command()(cli_running.generate)
+app.command()(cli_running.benchmark)
 
 
 @app.command()

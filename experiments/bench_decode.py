@@ -24,36 +24,18 @@ import torch
 from torch import nn
 
 from ..kernels.specs import QuantizerSpec, default_palette, match_labels
-from ..planner.executor.benchmark import measure_kernels, measure_overhead, measure_step, weight_bytes
+from ..planner.executor.benchmark import measure_kernels, measure_overhead, measure_step, shared_bytes, weight_bytes
 from ..planner.executor.manifest import QuantizationConfig
 from ..planner.executor.random_model import planned_quantization, random_model, uniform_quantization
 from ..planner.plan import Plan, load_plan
+from ..profiles.models import load_config
+from ..profiles.shipped import resolve_config
 from .records import environment, write_csv
 
 FP16_COMPILED, FP16_FUSED, NO_OP = "fp16 compiled", "fp16 fused", "no-op"
 _DEFAULT_ROWS = f"{NO_OP},nuq-3,half-tcq-3.25,{FP16_FUSED},{FP16_COMPILED}"
 _SINGLE = ":single"
 Row = dict[str, object]
-
-
-def llama31_8b() -> Any:
-    """The config of Llama-3.1-8B, from its public description."""
-    from transformers import LlamaConfig
-
-    turning = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
-    turning |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_parameters=turning,
-        tie_word_embeddings=False,
-    )
 
 
 def spec_of(label: str) -> QuantizerSpec:
@@ -74,6 +56,7 @@ def _row(name: str, batch: int, context: int, step_us: float, spread_us: float) 
         "promised_us": None,
         "promised_bytes": None,
         "allocated_bytes": None,
+        "shared_bytes": None,
         "promised_loss": None,
         "bits_per_weight": None,
     }
@@ -95,7 +78,7 @@ def model_rows(
             shapes = {n: (layer.out_features, layer.in_features) for n, layer in quantization.layers.items()}
             size = sum(quantization.spec(n).size_bytes(*shape) for n, shape in shapes.items())
             weights = sum(rows * columns for rows, columns in shapes.values())
-            row |= {"promised_bytes": size, "allocated_bytes": weight_bytes(model)}
+            row |= {"promised_bytes": size, "allocated_bytes": weight_bytes(model), "shared_bytes": shared_bytes(model)}
             row["bits_per_weight"] = round(8 * size / weights, 4)
         if plan is not None:
             promised = plan.promised
@@ -205,7 +188,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("decode.csv"))
     parser.add_argument("--rows", default=_DEFAULT_ROWS, help=f'comma-separated; default "{_DEFAULT_ROWS}"')
     parser.add_argument("--plans", default="", help="plan files to add to the rows, comma-separated")
-    parser.add_argument("--config", type=Path, help="config.json of another model than Llama-3.1-8B")
+    parser.add_argument("--config", default="llama-3.1-8b", help="config.json, or shapes that ship with msq")
     parser.add_argument("--head", default="nuq-4", help="quantizer of the head in uniform rows; none for fp16")
     parser.add_argument("--batch-sizes", default="1,8")
     parser.add_argument("--context", type=int, default=256)
@@ -221,7 +204,7 @@ def main() -> None:
         if time.perf_counter() - begun > arguments.seconds:
             print(f"{name}: left out, {arguments.seconds:g} s have passed")
             continue
-        for row in measure(name, read_config(arguments.config), arguments, device):
+        for row in measure(name, load_config(resolve_config(arguments.config)), arguments, device):
             rows.append(row | facts)
             print(" ".join(f"{key}={value}" for key, value in row.items() if value is not None), flush=True)
             write_csv(arguments.out, list(rows[0]), [list(row.values()) for row in rows])
@@ -229,15 +212,6 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         print(f"    {name}: done after {time.perf_counter() - begun:.0f} s", flush=True)
-
-
-def read_config(path: Path | None) -> Any:
-    """A transformers config from a file, or that of Llama-3.1-8B; a new object every time, as models change theirs."""
-    if path is None:
-        return llama31_8b()
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path)
 
 
 if __name__ == "__main__":

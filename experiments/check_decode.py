@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.linear import QuantizedLinear
 from ..planner.executor.decoder import Decoder
 from ..planner.executor.load import load_checkpoint
 from ..profiles.models import load_tokenizer, windows_of
@@ -97,6 +98,9 @@ def check_greedy(found: nn.Module, truth: nn.Module, prompt: Tensor, what: str, 
 def check_checkpoint(directory: Path, windows: Tensor, device: str) -> list[Check]:
     """All comparisons of one checkpoint."""
     truth = load_checkpoint(directory)
+    for module in truth.modules():
+        if isinstance(module, QuantizedLinear):
+            module.keep_decoded()
     kernels = load_checkpoint(directory, device=device)
     exact = load_checkpoint(directory, device=device, implementation="reference", dtype=torch.float32)
     prompt = windows[0, :16]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +128,12 @@ def weight_bytes(model: nn.Module) -> int:
             tensors = [tensor for name, tensor in module.state_dict().items() if name != "bias"]
             total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return total
+
+
+def shared_bytes(model: nn.Module) -> int:
+    """Bytes of codebooks that layers running as one kernel share in memory, each of them having its own on disk."""
+    wholes = {slice_.fused_linear for slice_ in model.modules() if isinstance(slice_, FusedSlice)}
+    return sum(cast(QuantizedLinear, whole.linear).spec.table_bytes * (len(whole.rows) - 1) for whole in wholes)
 
 
 def measure_overhead(model: nn.Module, batch_sizes: Sequence[int], context: int) -> dict[int, float]:

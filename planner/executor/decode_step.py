@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.cuda import attention, step_ops  # noqa: F401 (registers its operators)
+from ...kernels.cuda.tuning import FORMATS
 from ...profiles.schema import ARCHITECTURES
 from .errors import CheckpointError
 from .projections import Projections
@@ -61,6 +62,9 @@ def unsupported_reason(model: nn.Module) -> str | None:
     config = cast(Any, model).config
     if config.hidden_act != "silu":
         return f"fused decoding knows the activation silu; got {config.hidden_act}."
+    weight = cast(Any, model).get_input_embeddings().weight
+    if weight.device.type == "cuda" and weight.dtype not in FORMATS:
+        return f"fused decoding runs in float16 or bfloat16 on CUDA; got {weight.dtype}."
     return attention.unsupported_reason(config.num_attention_heads, config.num_key_value_heads, head_size(config))
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ...kernels.linear import IMPLEMENTATIONS, FusedLinear
+from ...kernels.cuda.linear import KernelLinear
+from ...kernels.linear import IMPLEMENTATIONS, FusedLinear, FusedSlice, QuantizedLinear, unstack
 from ...kernels.quantize import QuantizedWeight
 from .errors import CheckpointError
 from .manifest import QuantizationConfig
@@ -99,6 +101,25 @@ def install(
         else:
             (name,) = place.layers
             replace_module(model, name, implementation.linear(weights[name], biases[name]))
+
+
+def installed_layers(model: nn.Module) -> dict[str, tuple[QuantizedWeight, Tensor | None]]:
+    """Packed weight and bias of every quantized layer of a model, by path: what `install` was given."""
+    found: dict[str, tuple[QuantizedWeight, Tensor | None]] = {}
+    apart: dict[int, tuple[list[QuantizedWeight], list[Tensor | None]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FusedSlice):
+            whole = module.fused_linear
+            if id(whole) not in apart:
+                linear = cast(QuantizedLinear | KernelLinear, whole.linear)
+                rows = whole.rows
+                shares = [None] * len(rows) if linear.bias is None else list(linear.bias.split(rows))
+                apart[id(whole)] = unstack(linear.weight, rows), shares
+            weights, biases = apart[id(whole)]
+            found[path] = weights[module.index], biases[module.index]
+        elif isinstance(module, QuantizedLinear | KernelLinear) and path.rpartition(".fused.")[0] not in found:
+            found[path] = module.weight, module.bias
+    return found
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

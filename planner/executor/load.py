@@ -6,7 +6,7 @@ of the tensors is filled in from the checkpoint. Decoded weights equal those tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,8 +96,11 @@ def quantized_weights(quantization: QuantizationConfig, tensors: Mapping[str, Te
     return weights
 
 
-def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's safetensors files.
+def read_tensors(paths: Sequence[Path], layers: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's safetensors files.
+
+    Args:
+        layers: read only what belongs to these; None for all.
 
     Raises:
         CheckpointError: a file is damaged, holds a name that another one has, or NaN or infinite numbers.
@@ -107,6 +110,8 @@ def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if layers is not None and name.rpartition(".")[0] not in layers:
+                        continue
                     if name in tensors:
                         raise CheckpointError(f"'{name}' is in {path} and in another file; apply the plan again.")
                     tensors[name] = file.get_tensor(name)

@@ -55,3 +55,48 @@ def make_model(architecture: str, **changes) -> nn.Module:
 def model(request) -> nn.Module:
     """A model of every architecture."""
     return make_model(request.param)
+
+
+def hand_made_plan(model_dir, assignment):
+    """A plan for every layer of a model, without a profile.
+
+    Args:
+        assignment: by roles of a pattern, the quantizer; implementations are those for a GPU.
+    """
+    from msq.planner.plan import (
+        Plan,
+        PlanBudget,
+        PlanModel,
+        PlannedLayer,
+        PlanProfile,
+        PlanQuantizer,
+        Promise,
+        SolverReport,
+    )
+    from msq.profiles.inventory import inventory
+
+    info = inventory(model_dir)
+    layers, size = [], 0
+    for layer in info.layers:
+        parent, _, role = layer.name.rpartition(".")
+        roles, spec = next((roles, spec) for roles, spec in assignment.items() if role in roles)
+        pattern = tuple(f"{parent}.{name}" if parent else name for name in roles)
+        layers.append(
+            PlannedLayer(layer=layer.name, quantizer=spec.label, implementation="tensor_core", pattern=pattern)
+        )
+        size += spec.size_bytes(layer.out_features, layer.in_features)
+    specs = {spec.label: spec for spec in assignment.values()}
+    report = {"lower_bound": None, "gap": None, "shadow_prices": None, "seconds": 0, "columns": 1}
+    return Plan(
+        msq_version="0",
+        model=PlanModel(name="hand", architecture=info.architecture, blocks=info.blocks),
+        profile=PlanProfile(digest="0" * 64, device="none"),
+        budgets=(PlanBudget(text="memory=1GiB", resource="memory", cap=2**30),),
+        promised=Promise(loss=0, memory_bytes=size, bits_per_weight=8 * size / info.planned_parameters),
+        solver=SolverReport(name="hand", status="feasible", objective=0, **report),
+        quantizers={
+            label: PlanQuantizer(family=spec.family, bits=spec.bits, state_bits=spec.state_bits)
+            for label, spec in specs.items()
+        },
+        layers=tuple(layers),
+    )

@@ -28,12 +28,12 @@ from .fisher import measure_fisher
 from .frames import latency_table, layer_table, model_part, quantizer_table
 from .hessians import Calibration, calibration, collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
-from .journal import JOURNAL_FILE, Journal
+from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_model
 from .overhead import METHOD, StepOverhead, measure_head, measure_overhead, stock_overhead
 from .quantizer_errors import measure_errors
-from .schema import MANIFEST_FILE, LatencyPart, LossMethod, LossPart, ProfileManifest
+from .schema import LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, save_profile
 from .timing import Timer, timer_for
@@ -129,12 +129,7 @@ def run_profile(
     digest = model_digest(model_dir)
     tokens = calibration(model_dir, settings.text, tokens=settings.tokens, window=settings.window, seed=settings.seed)
     journal_path = out / JOURNAL_FILE
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    if (out / MANIFEST_FILE).exists() and not restart:
-        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
+    make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import Device, Json, ProfileDir, Seed, Tokens, Window, print_json
+from .cli_options import Device, Json, ProfileDir, Seed, Tokens, Window, note, print_json
 
 if TYPE_CHECKING:
-    from .experiments.promise_check import PromiseReport
+    from .experiments.promise_check import PromiseReport, Steps
     from .profiles.hessians import Calibration
+    from .profiles.tables import Profile
 
 
 def check(
@@ -65,6 +66,8 @@ def check(
             build=lambda made, out: apply_plan(directory, made, out, device=device, hessian=calibrated),
             scratch=Path(scratch),
             device=device,
+            steps=_steps(measured, device),
+            context=_context(measured),
         )
         report = checker.check(plan, checkpoint)
         facts = _facts(report)
@@ -78,6 +81,28 @@ def check(
         _print_facts(facts)
     if report.broken:
         raise PlanError(f"{checkpoint} breaks its promises: {'; '.join(report.broken)}; --repair OUT solves again.")
+
+
+def _steps(profile: Profile, device: str) -> Steps | None:
+    """Measures decoding steps where they were promised: on the GPU that the profile was measured on."""
+    from .planner.executor.benchmark import measure_step
+    from .profiles.device import describe_device
+    from .profiles.models import choose_device
+
+    if profile.latency is None:
+        return None
+    here, there = describe_device(choose_device(device)), profile.manifest.device
+    if here.kind != "cuda" or here.name != there.name:
+        note(f"msq: latencies were promised for {there.name} and are not checked on {here.name} ({here.kind}).")
+        return None
+    context = _context(profile)
+    return lambda model, batches: {batch: measure_step(model, batch, context).step_us for batch in batches}
+
+
+def _context(profile: Profile) -> int:
+    """Tokens in the cache of the steps that the profile promises."""
+    part = profile.manifest.latency
+    return 256 if part is None or part.context is None else part.context
 
 
 _FRESH = 1_000_003

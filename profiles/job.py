@@ -28,12 +28,12 @@ from .fisher import measure_fisher
 from .frames import latency_table, layer_table, model_part, quantizer_table
 from .hessians import Calibration, calibration, collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
-from .journal import JOURNAL_FILE, Journal
+from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_model
 from .overhead import METHOD, StepOverhead, measure_head, measure_overhead, stock_overhead
 from .quantizer_errors import measure_errors
-from .schema import MANIFEST_FILE, LatencyPart, LossMethod, LossPart, ProfileManifest
+from .schema import LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, save_profile
 from .timing import Timer, timer_for
@@ -129,16 +129,10 @@ def run_profile(
     digest = model_digest(model_dir)
     tokens = calibration(model_dir, settings.text, tokens=settings.tokens, window=settings.window, seed=settings.seed)
     journal_path = out / JOURNAL_FILE
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    if (out / MANIFEST_FILE).exists() and not restart:
-        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
+    make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
-    job |= {"overhead": METHOD[device.type] if overhead is None else overhead.method}
     with Journal(journal_path, job, restart=restart) as journal:
         if restart:
             shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
@@ -173,8 +167,10 @@ def _measure(
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
-    timer = timer_for(device)
-    sensitivities, beside, dtype = _run_model(model_dir, layers, windows, settings, overhead, device, timer, journal)
+    timer, method = timer_for(device), METHOD[device.type] if overhead is None else overhead.method
+    sensitivities, beside, dtype = _run_model(
+        model_dir, layers, windows, settings, overhead, method, device, timer, journal
+    )
     hessians = None
     if settings.error == "proxy":
         hessians = collect_hessians(
@@ -192,7 +188,7 @@ def _measure(
         LatencyPart(
             batch_sizes=settings.batch_sizes,
             overhead_us=beside,
-            overhead_method=METHOD[device.type] if overhead is None else overhead.method,
+            overhead_method=method,
             context=settings.context,
             head_us=head,
         )
@@ -237,6 +233,7 @@ def _run_model(
     windows: Tensor,
     settings: ProfileSettings,
     overhead: StepOverhead | None,
+    method: str,
     device: torch.device,
     timer: Timer,
     journal: Journal,
@@ -250,7 +247,7 @@ def _run_model(
             return stock_overhead(model, layers, settings.context, timer, batch_sizes)
         return overhead(model_dir, layers, batch_sizes, settings.context, device)
 
-    beside = measure_overhead(step_us, batch_sizes=settings.batch_sizes, journal=journal)
+    beside = measure_overhead(step_us, method, batch_sizes=settings.batch_sizes, journal=journal)
     return sensitivities, beside, next(model.parameters()).dtype
 
 

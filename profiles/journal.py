@@ -14,11 +14,26 @@ from types import TracebackType
 from typing import Any
 
 from .errors import ProfileError
+from .schema import MANIFEST_FILE
 
 if sys.platform != "win32":
     import fcntl
 
 JOURNAL_FILE = "unfinished.jsonl"
+
+
+def make_directory(out: Path, *, restart: bool) -> None:
+    """Make the directory of a profile, unless a finished one is in it that is not to be replaced.
+
+    Raises:
+        ProfileError: it can't be made, or holds a profile.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
+    if (out / MANIFEST_FILE).exists() and not restart:
+        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
 
 
 class Journal:

@@ -26,11 +26,11 @@ from .errors import ProfileError
 from .files import sha256_file
 from .frames import latency_table, layer_table, model_part, quantizer_table
 from .inventory import ModelInventory, inventory_of_config
-from .journal import JOURNAL_FILE, Journal
+from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_config
 from .overhead import METHOD, StepOverhead, Zeros, measure_head, measure_overhead, stock_overhead
-from .schema import MANIFEST_FILE, LatencyPart, ProfileManifest
+from .schema import LatencyPart, ProfileManifest
 from .tables import Profile, save_profile
 from .timing import Timer, timer_for
 
@@ -87,16 +87,10 @@ def run_latency_profile(
     """
     device = choose_device(settings.device)
     info = inventory_of_config(config, name=name, head=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    if (out / MANIFEST_FILE).exists() and not restart:
-        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
+    make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"config": sha256_file(config), "quantizers": [spec.label for spec in settings.specs]}
-    job |= {"overhead": METHOD[device.type] if overhead is None else overhead.method}
     with Journal(out / JOURNAL_FILE, job, restart=restart) as journal:
         profile = _measure(config, info, out, settings, overhead, device, journal)
         (out / JOURNAL_FILE).unlink()
@@ -113,6 +107,7 @@ def _measure(
     journal: Journal,
 ) -> Profile:
     layers, timer = info.layers, timer_for(device)
+    method = METHOD[device.type] if overhead is None else overhead.method
     dtype = _DTYPES[layers[0].dtype] if device.type == "cuda" else torch.float32
     with monitored(device) as monitor:
         latencies = measure_latency(
@@ -127,6 +122,7 @@ def _measure(
         )
         beside = measure_overhead(
             partial(_overhead, config, info, settings, overhead, device, dtype, timer),
+            method,
             batch_sizes=settings.batch_sizes,
             journal=journal,
         )
@@ -143,7 +139,7 @@ def _measure(
             latency=LatencyPart(
                 batch_sizes=settings.batch_sizes,
                 overhead_us=beside,
-                overhead_method=METHOD[device.type] if overhead is None else overhead.method,
+                overhead_method=method,
                 context=settings.context,
                 head_us=head,
             ),

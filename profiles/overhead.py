@@ -52,18 +52,23 @@ class StepOverhead(Protocol):
 
 
 def measure_overhead(
-    step_us: Callable[[Sequence[int]], Mapping[int, float]], *, batch_sizes: Sequence[int], journal: Journal
+    step_us: Callable[[Sequence[int]], Mapping[int, float]],
+    method: str,
+    *,
+    batch_sizes: Sequence[int],
+    journal: Journal,
 ) -> dict[int, float]:
     """µs of a decoding step beside the planned layers, by batch size.
 
     Args:
         step_us: measures some batch sizes; not called for those that are in the journal.
+        method: what it is called; the journal keeps the rows of each apart.
     """
-    missing = [batch for batch in batch_sizes if ("overhead", batch) not in journal]
+    missing = [batch for batch in batch_sizes if ("overhead", batch, method) not in journal]
     if missing:
         for batch, us in step_us(missing).items():
-            journal.add(("overhead", batch), us)
-    return {batch: float(journal["overhead", batch]) for batch in batch_sizes}
+            journal.add(("overhead", batch, method), us)
+    return {batch: float(journal["overhead", batch, method]) for batch in batch_sizes}
 
 
 @torch.inference_mode()

@@ -13,20 +13,6 @@ from msq.cli import main
 from msq.planner.plan import load_plan, parse_plan
 
 
-@pytest.fixture
-def msq(monkeypatch, capsys):
-    """Runs a command line; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["msq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def profile(tiny_llama, tmp_path_factory) -> Path:
     """A profile made by the command line."""

@@ -32,8 +32,16 @@ from ..kernels.cuda import attention, hadamard, jit, ops
 from ..kernels.cuda.cubin_cache import DIRECTORY_VARIABLE
 from ..kernels.cuda.decode import kernel_arguments, new_workspace, ready
 from ..kernels.cuda.dequantize import dequantize
-from ..kernels.cuda.hadamard import RotationTables, division, fuses_norm, matrix_table, passes, rotation_tables
 from ..kernels.cuda.layout import PreparedWeight
+from ..kernels.cuda.rotation_plan import (
+    SHARED_LIMIT,
+    RotationTables,
+    division,
+    fuses_norm,
+    matrix_table,
+    passes,
+    rotation_tables,
+)
 from ..kernels.specs import Family, QuantizerSpec
 from ..profiles.kernel_timing import Pool, time_launches
 from .bench_kernels import environment
@@ -93,7 +101,7 @@ def attentions(device: torch.device) -> Iterator[Row]:
 def divisions(device: torch.device) -> Iterator[Row]:
     """One row of single-pass sizes: warps and outputs of a block."""
     for size, warps_k, group in itertools.product((4096, 14336), (1, 2, 4, 8), (1, 2, 4, 8)):
-        if 8 * 32 * 4 * warps_k * group > hadamard.SHARED_LIMIT:
+        if 8 * 32 * 4 * warps_k * group > SHARED_LIMIT:
             continue
         (step,) = passes(size, False)
         split = replace(division(step, False), warps_k=warps_k, group=group)

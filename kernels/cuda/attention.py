@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from .hadamard import SHARED_LIMIT
 from .jit import Kernel, Source, load
+from .rotation_plan import SHARED_LIMIT
 from .tuning import FORMATS, device_limits
 
 MAX_HEAD_SIZE = 256

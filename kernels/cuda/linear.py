@@ -19,8 +19,8 @@ from ..quantize import QuantizedWeight
 from ..specs import QuantizerSpec
 from . import ops
 from .decode import new_workspace
-from .hadamard import rotation_tables
 from .layout import from_units, prepare
+from .rotation_plan import rotation_tables
 from .tuning import Limits, device_limits, launch_for, tune
 
 _workspaces: dict[torch.device, Tensor] = {}

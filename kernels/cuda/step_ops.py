@@ -19,8 +19,8 @@ from torch import Tensor
 from ..errors import QuantizerError
 from . import attention, hadamard
 from .attention import Turning
-from .hadamard import RotationTables
 from .ops import _check_like, _check_rows, _rotate_normed_cpu, _rotate_normed_cuda, define
+from .rotation_plan import RotationTables, fuses_norm
 
 
 def _check_added(x: Tensor, residual: Tensor, weight: Tensor, signs: Tensor) -> None:
@@ -34,7 +34,7 @@ def _rotate_added_cuda(
 ) -> tuple[Tensor, Tensor]:
     _check_added(x, residual, weight, signs)
     size = x.shape[-1]
-    if not hadamard.fuses_norm(size):
+    if not fuses_norm(size):
         total = x + residual
         return _rotate_normed_cuda(total, weight, epsilon, signs, matrices), total
     rows = x.reshape(-1, size), residual.reshape(-1, size)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from msq.kernels.cuda import attention, hadamard, step_ops  # noqa: F401 (registers the operators)
 from msq.kernels.cuda.attention import Turning, new_workspace
-from msq.kernels.cuda.hadamard import rotation_tables
+from msq.kernels.cuda.rotation_plan import rotation_tables
 from torch.library import opcheck
 
 from .test_attention_kernel import CASES, inputs, relative_error, twin

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.kernels.cuda import hadamard, jit
-from msq.kernels.cuda.hadamard import rotation_tables
 from msq.kernels.cuda.linear import KernelLinear, separate_workspace
+from msq.kernels.cuda.rotation_plan import rotation_tables
 from msq.kernels.errors import KernelError, QuantizerError
 from msq.kernels.linear import IMPLEMENTATIONS, FusedLinear
 from msq.kernels.quantize import dequantize, quantize

@@ -7,8 +7,8 @@ import torch
 from msq.experiments.kernel_checks import random_weight
 from msq.kernels.cuda import decode, hadamard
 from msq.kernels.cuda.dequantize import dequantize
-from msq.kernels.cuda.hadamard import fuses_norm, rotation_tables
 from msq.kernels.cuda.layout import prepare
+from msq.kernels.cuda.rotation_plan import fuses_norm, rotation_tables
 from msq.kernels.specs import Family, QuantizerSpec
 
 pytestmark = pytest.mark.gpu

@@ -8,7 +8,8 @@ import pytest
 import torch
 from msq.kernels.cuda import hadamard
 from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
-from msq.kernels.cuda.hadamard import division, fuses_norm, matrix_table, passes, rotation_tables, source, sources
+from msq.kernels.cuda.hadamard import source, sources
+from msq.kernels.cuda.rotation_plan import division, fuses_norm, matrix_table, passes, rotation_tables
 from msq.kernels.hadamard import apply_hadamard, hadamard_matrix, hadamard_plan
 from msq.kernels.rotation import rotate, rotation_signs
 

@@ -29,6 +29,7 @@ from ..planner.executor.benchmark import measure_kernels, measure_overhead, meas
 from ..planner.executor.manifest import QuantizationConfig
 from ..planner.executor.random_model import planned_quantization, random_model, uniform_quantization
 from ..planner.plan import Plan, load_plan
+from ..profiles.device import driver_version
 from ..profiles.models import load_config
 from ..profiles.shipped import resolve_config
 from .records import environment, write_csv
@@ -205,7 +206,7 @@ def main() -> None:
     parser.add_argument("--commit", help="to be recorded; git's by default")
     arguments = parser.parse_args()
     device, begun = torch.device(arguments.device), time.perf_counter()
-    facts = environment(arguments.device, arguments.commit)
+    facts = environment(arguments.device, arguments.commit) | {"driver": driver_version()}
     rows: list[Row] = []
     for name in filter(None, [*arguments.rows.split(","), *arguments.plans.split(",")]):
         if time.perf_counter() - begun > arguments.seconds:

@@ -60,7 +60,7 @@ def benchmark(
     json_output: Json = False,
 ) -> None:
     """Tokens per second, measured against promised; bytes of the weights, allocated against promised."""
-    from .planner.executor.benchmark import measure_kernels, measure_step, shared_bytes, weight_bytes
+    from .planner.executor.benchmark import measure_kernels, measure_prompt, measure_step, shared_bytes, weight_bytes
     from .profiles.device import describe_device
     from .profiles.models import choose_device
     from .profiles.options import parse_batch_sizes
@@ -71,7 +71,11 @@ def benchmark(
     steps = []
     for batch in batches:
         timed = asdict(measure_step(model, batch, context))
-        steps.append(timed | {"promised_us": promised.promised.latency_us.get(batch)})
+        told = {
+            "promised_us": promised.promised.latency_us.get(batch),
+            "prompt_us": measure_prompt(model, batch, context),
+        }
+        steps.append(timed | told)
     facts: dict[str, Any] = {
         "model": promised.model.name,
         "device": describe_device(target).name,
@@ -113,7 +117,7 @@ def _subject(checkpoint: str, plan: Path | None, device: str, implementation: st
 def _print(facts: dict[str, Any]) -> None:
     console = Console()
     table = Table(box=None, title_justify="left", title=f"{facts['model']} on {facts['device']}")
-    for heading in ("batch", "context", "us per step", "spread", "promised", "tokens/s", "peak bytes"):
+    for heading in ("batch", "context", "us per step", "spread", "promised", "tokens/s", "prompt us", "peak bytes"):
         table.add_column(heading, justify="right")
     for step in facts["steps"]:
         promised = step["promised_us"]
@@ -124,6 +128,7 @@ def _print(facts: dict[str, Any]) -> None:
             f"{step['spread_us']:.1f}",
             "-" if promised is None else f"{promised:.1f} ({step['step_us'] / promised - 1:+.1%})",
             f"{step['tokens_per_second']:.1f}",
+            f"{step['prompt_us']:.0f}",
             str(step["peak_bytes"]),
         )
     console.print(table)

@@ -97,6 +97,21 @@ def _round(decoder: Decoder, steps: int, device: torch.device) -> float:
     return 1e3 * float(begin.elapsed_time(end))
 
 
+def measure_prompt(model: nn.Module, batch_size: int, length: int) -> float:
+    """µs to read a prompt of `length` tokens for each sequence and choose the first new tokens; median of three."""
+    device = next(model.parameters()).device
+    decoder = Decoder(model, batch_size=batch_size, capacity=length + 1, graph=False)
+    prompts = [[1] * length] * batch_size
+    times = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        decoder.start(prompts)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e6 * (time.perf_counter() - begun))
+    return statistics.median(times[1:])  # the first one compiles and loads kernels
+
+
 def measure_kernels(model: nn.Module, batch_size: int, context: int) -> list[KernelTime]:
     """Where a step's time goes on a CUDA device, by kernel, longest first; nothing on a CPU."""
     device = next(model.parameters()).device

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.kernels.specs import Family, QuantizerSpec
-from msq.planner.executor.benchmark import measure_overhead, measure_step, weight_bytes, without_products
+from msq.planner.executor.benchmark import (
+    measure_overhead,
+    measure_prompt,
+    measure_step,
+    weight_bytes,
+    without_products,
+)
 from msq.planner.executor.decoder import Decoder
 from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.random_model import random_model, uniform_quantization
@@ -50,6 +56,7 @@ def test_steps_are_timed_with_and_without_products():
     model = random_model(config, uniform_quantization(config, NUQ), CPU, dtype=torch.float32)
     timed = measure_step(model, 2, 5)
     assert timed.tokens_per_second == pytest.approx(2e6 / timed.step_us) and timed.step_us > 0
+    assert measure_prompt(model, 2, 5) > 0
     assert set(measure_overhead(model, [1, 2], 5)) == {1, 2}
     decoder = Decoder(model, batch_size=1, capacity=8)
     decoder.start([[1, 2]])

@@ -13,8 +13,9 @@ which touches each state twice a step, whatever the width. Only M is kept (``2**
 the trace-back forms the few V it needs again.
 
 The stream of a tile is a circle (tail-biting): the ``state_bits - width`` bits shared by the last and the first state
-must agree. As in QTIP, a first search on the sequence turned by half its length, with free ends, fixes those bits, and
-a second search is exact given them (Algorithm 4 there).
+must agree. As in QTIP, a first search with free ends over a turned sequence fixes those bits, and a second search is
+exact given them (Algorithm 4 there). QTIP turns by half and searches the whole; the best paths from either side merge
+within a few state lengths, so the `WINDOW` steps on both sides of the seam decide as well.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ def viterbi_encode(pairs: Tensor, points: Tensor, width: int) -> Tensor:
     return torch.cat(codes) if codes else torch.empty(pairs.shape[:2], dtype=torch.int32, device=pairs.device)
 
 
+def window(state_bits: int, width: int) -> int:
+    """Steps on each side of the seam that the first search looks at."""
+    return 64
+
+
 class _Search:
     """A trellis with what every step needs of it."""
 
@@ -53,18 +59,21 @@ class _Search:
         self.width = width
         self.states = len(points)
         self.fan = 1 << width
+        self.window = window(self.states.bit_length() - 1, width)
         self.overlaps = self.states >> width
-        # |x - p|^2 without its constant |x|^2 is the product of these rows with (x0, x1, 1).
-        self.rows = torch.cat([-2 * points, points.square().sum(-1, keepdim=True)], dim=1)
+        # |x - p|^2 is the product of these rows with (x0, x1, 1, |x|^2).
+        norms = points.square().sum(-1, keepdim=True)
+        self.rows = torch.cat([-2 * points, norms, torch.ones_like(norms)], dim=1)
 
     def encode(self, pairs: Tensor) -> Tensor:
         """``(tiles, steps, 2)`` -> codes ``(tiles, steps)`` int32."""
         steps = pairs.shape[1]
-        inputs = torch.cat([pairs, torch.ones_like(pairs[..., :1])], dim=-1).permute(1, 2, 0).contiguous()
-        turned = inputs.roll(-(steps // 2), dims=0)
-        kept = self._forward(turned, overlap=None)
-        middle = steps - steps // 2
-        overlap = self._trace_back(turned, kept, kept[0].argmin(dim=0), middle + 1)[middle] & self.overlaps - 1
+        norms = pairs.square().sum(-1, keepdim=True)
+        inputs = torch.cat([pairs, torch.ones_like(norms), norms], dim=-1).permute(1, 2, 0).contiguous()
+        turned = torch.arange(-self.window, self.window, device=pairs.device) % steps
+        seam = inputs[turned]
+        kept = self._forward(seam, overlap=None)
+        overlap = self._trace_back(seam, kept, kept[0].argmin(dim=0), self.window)[-1] >> self.width
         path = self._trace_back(inputs, self._forward(inputs, overlap), overlap, steps)
         return (path & self.fan - 1).T.to(torch.int32)
 
@@ -72,7 +81,7 @@ class _Search:
         """M of every step, ``(steps + 1, overlaps, tiles)``; `overlap` ``(tiles,)`` fixes the bits both ends share.
 
         Args:
-            inputs: ``(steps, 3, tiles)``, rows x0, x1 and 1.
+            inputs: ``(steps, 4, tiles)``, rows x0, x1, 1 and |x|^2.
         """
         steps, _, tiles = inputs.shape
         kept = inputs.new_empty(steps + 1, self.overlaps, tiles)
@@ -96,7 +105,7 @@ class _Search:
         """
         path = low.new_empty(steps, len(low))
         heads = torch.arange(self.fan, device=inputs.device).unsqueeze(1) * self.overlaps
-        by_exit = self.rows.T.reshape(3, self.fan, self.overlaps)
+        by_exit = self.rows[:, :3].T.reshape(3, self.fan, self.overlaps)
         for t in range(steps):
             first, second, norm = by_exit.index_select(2, low)
             total = torch.addcmul(torch.addcmul(norm, first, inputs[t, 0]), second, inputs[t, 1])

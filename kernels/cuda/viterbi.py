@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import KernelError
@@ -83,24 +84,33 @@ def divide(state_bits: int, width: int, steps: int, tiles: int, limits: Limits) 
     return fallback
 
 
-def source(state_bits: int, width: int, steps: int, chosen: Division, *, mirrored: bool) -> Source:
-    """The kernel of one trellis."""
-    macros = {"STATE_BITS": state_bits, "WIDTH": width, "STEPS": steps, "WINDOW": window(state_bits, width)}
+def source(
+    state_bits: int, width: int, steps: int, chosen: Division, *, mirrored: bool, seam_steps: int | None = None
+) -> Source:
+    """The kernel of one trellis; `seam_steps` replaces `window`."""
+    macros = {"STATE_BITS": state_bits, "WIDTH": width, "STEPS": steps, "WINDOW": seam_steps or window(width)}
     macros |= {"TILES": chosen.tiles, "BLOCK_THREADS": chosen.threads, "RESIDENT": chosen.resident}
     return Source("viterbi.cu", "encode", macros | {"RUN": chosen.run, "RUNS": chosen.runs, "MIRRORED": mirrored})
 
 
 def encode(
-    pairs: Tensor, points: Tensor, width: int, *, mirrored: bool = False, division: Division | None = None
+    pairs: Tensor,
+    points: Tensor,
+    width: int,
+    *,
+    mirrored: bool = False,
+    division: Division | None = None,
+    seam_steps: int | None = None,
 ) -> Tensor:
     """The tail-biting code of least squared error, on torch's current stream.
 
     Args:
-        pairs: ``(tiles, steps, 2)`` float32 on a CUDA device.
-        points: ``(2**state_bits, 2)``, the pair that each state stands for; rounded to fp16.
+        pairs: ``(tiles, steps, 2)`` float32 on a CUDA device; or single weights, ``(tiles, steps, 1)``.
+        points: ``(2**state_bits, 2)``, the pair that each state stands for, or ``(2**state_bits, 1)``; rounded to fp16.
         width: stream bits a step.
         mirrored: whether states s and ``2**state_bits - 1 - s`` stand for the same point; halves the distances.
         division: None for the best known.
+        seam_steps: window of the first search, at most `steps`; None for `window`.
 
     Returns:
         ``(tiles, steps)`` int32: the new bits of each step.
@@ -122,13 +132,15 @@ def encode(
             f"a search over 2^{state_bits} states at {width} bits a step needs more shared memory than the "
             f"{limits.shared_bytes} bytes of {pairs.device}: use a shorter trellis, or encode on the CPU."
         )
-    kernel = load(source(state_bits, width, steps, chosen, mirrored=mirrored), pairs.device)
+    code = source(state_bits, width, steps, chosen, mirrored=mirrored, seam_steps=seam_steps)
+    kernel = load(code, pairs.device)
     step_words = chosen.tiles << state_bits - width
     resident = max(1, kernel.blocks_per_multiprocessor(chosen.threads, needed))
     most = max(1, _SCRATCH_BYTES // (4 * steps * step_words))
     blocks = min(-(-tiles // chosen.tiles), limits.multiprocessors * resident, most)
     scratch = torch.empty(blocks, steps, step_words, device=pairs.device)
-    words = points.half().contiguous()
-    arguments = (pairs.float().contiguous(), words, codes, scratch, tiles)
+    missing = (0, 2 - points.shape[1])  # single weights are pairs with a zero
+    words, inputs = F.pad(points.half(), missing).contiguous(), F.pad(pairs.float(), missing).contiguous()
+    arguments = (inputs, words, codes, scratch, tiles)
     kernel.launch(blocks, chosen.threads, arguments, shared_bytes=needed)
     return codes

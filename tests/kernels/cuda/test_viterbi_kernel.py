@@ -9,7 +9,7 @@ from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
 from msq.kernels.cuda.tuning import Limits
 from msq.kernels.cuda.viterbi import Division, divide, shared_bytes, source
 from msq.kernels.packing import sliding_states
-from msq.kernels.quantizers.trellis import state_points
+from msq.kernels.quantizers.codes import state_points
 from msq.kernels.quantizers.viterbi import viterbi_encode
 
 from .emulate import Emulated, needs_compiler
@@ -104,7 +104,9 @@ def test_every_rate_fits_and_shares_all_the_work(limits, state_bits):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("state_bits", "width", "mirrored"), [(16, 3, True), (16, 7, True), (16, 4, False), (12, 10, False)])
+@pytest.mark.parametrize(
+    ("state_bits", "width", "mirrored"), [(16, 3, True), (16, 7, True), (16, 4, False), (12, 10, False)]
+)
 def test_the_kernel_compiles(state_bits, width, mirrored, arch):
     pytest.importorskip("cuda.core", reason='kernels are compiled by cuda-core: pip install "msq[cuda]"')
     chosen = divide(state_bits, width, 128, 1 << 20, DESKTOP)

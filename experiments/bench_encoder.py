@@ -33,7 +33,6 @@ _RATES = [1.5 + i / 2 for i in range(8)]
 _DIVISIONS = [
     (6, Division(8, 256, 2, 1)),
     (6, Division(8, 256, 4, 1)),
-    (6, Division(8, 256, 1, 1)),
     (6, Division(4, 256, 4, 1)),
     (6, Division(4, 256, 4, 2)),
     (6, Division(8, 512, 2, 1, 1)),

@@ -172,7 +172,7 @@ def main() -> None:
     for spec in (s for s in specs if s.label in chosen and s.family in arguments.families):
         begun = time.perf_counter()
         if spec.pair_steps == 2:
-            scale, error = best_scale(spec, fresh[: len(fresh) // 8])
+            scale, error = best_scale(spec, fresh[: len(fresh) // 16])
             print(f"{spec.label:20s} scale {scale:.2f}: {error:.6f}", flush=True)
         key = codebook_key(spec)
         if key not in output.fresh:

@@ -72,11 +72,11 @@ _RATES: dict[Family, _Rates] = {
 }
 _PALETTE_STEPS: dict[Family, _Rates] = _RATES | {Family.HALF_TCQ: _Rates(1.75, 4.75, 0.5)}
 _ONE_MAD_RATES = _Rates(2, 5)
-_TABLE_BITS = {8: 9, 9: 10, 10: 11}
+_TABLE_BITS = {7: 10, 8: 11, 9: 11, 10: 12}
 """Bits of the default table's index for trellis steps of so many bits; 9 below."""
 _LARGEST_TABLE_BITS = 15
 """The HYB hash has 15 bits beside the sign."""
-SHIPPED_TABLE_BITS = {3.5: (9, 10, 11), 4.0: (9, 10, 11, 12), 4.5: (10, 11, 12), 5.0: (11, 12, 13)}
+SHIPPED_TABLE_BITS = {3.5: (9, 11), 4.0: (9, 10, 12), 4.5: (10, 12), 5.0: (11, 13)}
 """Sizes of `tcq` tables on offer beside the default, by bits per weight."""
 DEFAULT_TABLE = -1
 """As `table_bits`: the default of the rate."""

@@ -7,11 +7,11 @@ writes ``codebooks.safetensors`` and ``gaussian_errors.csv``, both shipped in ``
 an NVIDIA H200 with the defaults, the plane tables with ``--families vq --iterations 100`` on 65536 tiles throughout.
 
 Scalar tables are Lloyd-Max levels by numerical iteration; plane tables come from k-means. Trellis tables are improved
-by Lloyd iterations on their own Viterbi assignments: each entry moves to the mean of what it served. They start from the
-best of several starts after a third of the iterations: k-means on the half plane (the sign bit mirrors the first
-coordinate), and Gaussian points of several spreads. Every iteration draws new samples, so that nothing is fitted to one
-of them; the last third draws four times as many. `half_tcq` trains one table on both of its rates. The codes without a
-table are measured over a range of scales, which are printed.
+by Lloyd iterations on their own Viterbi assignments: each entry moves to the mean of what it served. A third of the
+iterations is spent on each of several starts, of which the best goes on: k-means on the half plane (the sign bit
+mirrors the first coordinate), and Gaussian points of several spreads. Every iteration draws new samples, so that
+nothing is fitted to one of them; the last third draws four times as many. `half_tcq` trains one table on both of its
+rates. The codes without a table are measured over a range of scales, which are printed.
 """
 
 from __future__ import annotations

@@ -164,7 +164,8 @@ def trellis_starts(spec: QuantizerSpec, samples: Tensor, seed: int) -> dict[str,
 
 
 def best_scale(spec: QuantizerSpec, samples: Tensor) -> tuple[float, float]:
-    """(scale of the values, error) for a code without a table: the samples are divided, which is the same."""
+    """(factor, error): what the scale of a code without a table should be multiplied by, and its error then."""
+    # to divide the samples is the same
     tried = [(measure(spec, _NO_TABLE, samples / scale), scale) for scale in (0.76 + 0.02 * i for i in range(22))]
     error, scale = min(tried)
     return scale, error
@@ -195,8 +196,8 @@ def main() -> None:
     for spec in (s for s in specs if s.label in chosen and s.family in arguments.families):
         begun = time.perf_counter()
         if spec.pair_steps == 2 and not spec.table_bytes:
-            scale, error = best_scale(spec, fresh[: len(fresh) // 16])
-            print(f"{spec.label:20s} scale {scale:.2f}: {error:.6f}", flush=True)
+            scale, error = best_scale(spec, fresh[: 1 + len(fresh) // 16])
+            print(f"{spec.label:20s} {scale:.2f} x scale: {error:.6f}", flush=True)
         key = codebook_key(spec)
         if key not in output.fresh:
             output.keep(key, train(spec, arguments.device, arguments.tiles, arguments.iterations, arguments.seed))

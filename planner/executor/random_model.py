@@ -6,6 +6,7 @@ weights, on any device that holds the packed ones.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -59,10 +60,7 @@ def uniform_quantization(
         chosen = head if name == HEAD and head is not None else spec
         planned.append(PlannedLayer(layer=name, quantizer=chosen.label, implementation="tensor_core", pattern=pattern))
     specs = {chosen.label: chosen for chosen in (spec, head) if chosen is not None}
-    fields = {
-        label: PlanQuantizer(family=chosen.family, bits=chosen.bits, state_bits=chosen.state_bits)
-        for label, chosen in specs.items()
-    }
+    fields = {label: PlanQuantizer.model_validate(asdict(chosen)) for label, chosen in specs.items()}
     return _described(model, planned, fields)
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, cli_planning
-from .cli_options import Device, Json, Quantizers, Seed, Tokens, Window, note, print_json
+from .cli_options import Device, EngineName, Json, Quantizers, Seed, Tokens, Window, Workers, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
 
@@ -89,11 +89,14 @@ def profile(
         str, typer.Option(help="weights (data-free) or proxy (under Hessians, to be built with `apply --hessian`).")
     ] = "weights",
     seed: Seed = 0,
+    engine: EngineName = "local",
+    workers: Workers = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what is in --out and begin anew.")] = False,
     json_output: Json = False,
 ) -> None:
     """Measure what every quantizer costs every layer: loss, bytes, microseconds."""
     from .kernels.rotation import rotation_note
+    from .profiles.engines import Engine
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
     from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
@@ -111,7 +114,9 @@ def profile(
         error=error,
     )
     try:
-        done = run_profile(resolve_model(model), out, settings, name=model, restart=restart)
+        done = run_profile(
+            resolve_model(model), out, settings, name=model, restart=restart, engine=Engine(engine, workers)
+        )
     except KeyboardInterrupt:
         note(f"\nmsq: interrupted; finished rows are in {out}, the same command goes on from them.")
         sys.exit(130)
@@ -142,12 +147,15 @@ def apply(
     window: Window = 512,
     seed: Seed = 0,
     device: Device = "cpu",
+    engine: EngineName = "local",
+    workers: Workers = None,
     json_output: Json = False,
 ) -> None:
-    """Quantize a model as planned and save the checkpoint; an interrupted collection of Hessians goes on."""
+    """Quantize a model as planned and save the checkpoint; an interrupted command goes on when it is repeated."""
     from .planner.errors import PlanError
-    from .planner.executor.apply import apply_plan
+    from .planner.executor.apply import apply_plan, work_directory
     from .planner.plan import load_plan
+    from .profiles.engines import Engine
     from .profiles.hessians import calibration
     from .profiles.model_source import resolve_model
 
@@ -156,7 +164,12 @@ def apply(
     promised = load_plan(plan)
     directory = resolve_model(model)
     calibrated = calibration(directory, text, tokens=tokens, window=window, seed=seed) if hessian else None
-    applied = apply_plan(directory, promised, out, device=device, hessian=calibrated)
+    who = Engine(engine, workers)
+    try:
+        applied = apply_plan(directory, promised, out, device=device, hessian=calibrated, engine=who)
+    except KeyboardInterrupt:
+        note(f"\nmsq: interrupted; finished layers are in {work_directory(out)}, the same command goes on from them.")
+        sys.exit(130)
     facts = {
         "hessian": calibrated and (calibrated.text or "data-free"),
         "checkpoint": str(out),

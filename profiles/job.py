@@ -1,7 +1,8 @@
 """The profiling job: inventory, sensitivities, quantizer errors, latencies, then one profile directory.
 
-Every finished row goes to a journal in the output directory at once, so the job can be interrupted at any moment and
-goes on from there when it is started again with the same settings. The journal is removed when the profile is whole.
+Every finished row goes to a journal in the output directory at once, Hessians and errors to files beside it, so the job
+can be interrupted at any moment and goes on from there when it is started again with the same settings. All of that is
+removed when the profile is whole.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import platform
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..kernels.specs import QuantizerSpec
+from .engines import IN_PROCESS, Engine
 from .errors import ProfileError
-from .files import sha256_file
+from .files import sha256_file, sweep_temporaries
 from .fisher import measure_fisher
 from .hessians import Calibration, calibration, collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
@@ -33,12 +36,14 @@ from .models import choose_device, load_model
 from .quantizer_errors import measure_errors, measured_gaussian_error
 from .schema import MANIFEST_FILE, DevicePart, LatencyPart, LossMethod, LossPart, ModelPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
-from .tables import Profile, save_profile
+from .tables import Profile, load_profile, save_profile
 from .timing import timer_for
 
 _BY_NOISE = (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL)
 HESSIANS_DIR = "hessians"
 """Inside the output directory while a job with proxy errors runs."""
+RESULTS_DIR = "results"
+"""Inside the output directory while a job runs: the errors measured so far."""
 
 
 @dataclass(frozen=True)
@@ -99,14 +104,23 @@ class ProfileSettings:
             raise ProfileError(f"expected distinct batch sizes of at least 1; got {self.batch_sizes}.")
 
 
-def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: str, restart: bool = False) -> Profile:
-    """Measure a model and write its profile.
+def run_profile(
+    model_dir: Path,
+    out: Path,
+    settings: ProfileSettings,
+    *,
+    name: str,
+    restart: bool = False,
+    engine: Engine = IN_PROCESS,
+) -> Profile:
+    """Measure a model and write its profile; what an interrupted call has measured is not measured again.
 
     Args:
         model_dir: a Hugging Face directory with safetensors weights.
         out: the profile's directory; made if missing.
         name: what to call the model in the profile.
         restart: drop what an interrupted or finished job left in `out`.
+        engine: who measures the quantizer errors.
 
     Raises:
         ProfileError: bad model, text or settings; `out` holds a finished profile or another job's rows.
@@ -120,25 +134,39 @@ def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: 
         out.mkdir(parents=True, exist_ok=True)
     except OSError as cause:
         raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    if (out / MANIFEST_FILE).exists() and not restart:
+    if (out / MANIFEST_FILE).exists() and not restart and not journal_path.exists():
         raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
+    if restart:  # before the journal: a manifest beside one is taken for the profile that the journal led to
+        (out / MANIFEST_FILE).unlink(missing_ok=True)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
     with Journal(journal_path, job, restart=restart) as journal:
+        sweep_temporaries(out)
         if restart:
-            shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
-        profile = _measure(model_dir, out, settings, model_info, digest, tokens, device, journal)
-        journal_path.unlink()
-        shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
+            _remove_work(out)
+        if (out / MANIFEST_FILE).exists():  # interrupted while it cleaned up
+            profile = load_profile(out)
+        else:
+            profile = _measure(model_dir, out, settings, model_info, digest, tokens, device, journal, engine)
+        _remove_work(out)
+        journal_path.unlink()  # last: it says that there is something to go on from
     return profile
+
+
+def _remove_work(out: Path) -> None:
+    """Remove what was kept for a job that is interrupted, but the journal."""
+    for name in (HESSIANS_DIR, RESULTS_DIR):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def model_digest(model_dir: Path) -> str:
     """SHA-256 over the config and the weights of a model directory."""
     total = hashlib.sha256()
-    for path in sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")]):
-        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    paths = sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")])
+    with ThreadPoolExecutor() as threads:
+        for path, digest in zip(paths, threads.map(sha256_file, paths), strict=True):
+            total.update(f"{path.name} {digest}\n".encode())
     return total.hexdigest()
 
 
@@ -155,6 +183,7 @@ def _measure(
     tokens: Calibration,
     device: torch.device,
     journal: Journal,
+    engine: Engine,
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
@@ -169,7 +198,14 @@ def _measure(
             model_dir, model_info, tokens, out / HESSIANS_DIR, digest=digest, seed=settings.seed, device=device
         )
     errors = measure_errors(
-        model_dir, layers, settings.specs, seed=settings.seed, device=device, journal=journal, hessians=hessians
+        model_dir,
+        layers,
+        settings.specs,
+        seed=settings.seed,
+        device=settings.device,
+        work=out / RESULTS_DIR,
+        engine=engine,
+        hessians=hessians,
     )
     latencies = measure_latency(
         layers,

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .errors import ProfileError
-
-if sys.platform != "win32":
-    import fcntl
+from .files import try_lock
 
 JOURNAL_FILE = "unfinished.jsonl"
 
@@ -43,7 +40,8 @@ class Journal:
         except OSError as cause:
             raise ProfileError(f"can't write {path}: {cause.strerror or cause}.") from cause
         try:
-            self._lock()
+            if not try_lock(self._file):
+                raise ProfileError(f"another msq profile is writing to {path.parent}; wait for it, or stop it.")
             self._file.seek(0)
             lines = [] if restart else self._file.read().split(b"\n")
             if len(lines) > 1:
@@ -62,17 +60,6 @@ class Journal:
         except BaseException:
             self._file.close()
             raise
-
-    def _lock(self) -> None:
-        """Keep other processes out until the file is closed, where the system has such locks."""
-        if sys.platform == "win32":
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as cause:
-            raise ProfileError(
-                f"another msq profile is writing to {self.path.parent}; wait for it, or stop it."
-            ) from cause
 
     def _check_job(self, line: bytes, head: str) -> None:
         try:

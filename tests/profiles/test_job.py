@@ -116,8 +116,11 @@ def test_proxy_errors_are_those_of_quantization_under_the_hessians(tiny_llama, t
 def test_an_interrupted_proxy_job_keeps_its_hessians(tiny_llama, tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, batch_sizes=(), error="proxy")
     undisturbed = run_profile(tiny_llama, tmp_path / "whole", settings, name="tiny")
-    monkeypatch.setattr(job_module, "Journal", _Interrupting)
-    _Interrupting.left = 30
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msq.profiles.quantize_jobs.quantize", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
     monkeypatch.undo()

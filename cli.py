@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_planning
+from . import __version__, cli_planning, cli_profiles
 from .cli_options import Device, EngineName, Json, Quantizers, Seed, Tokens, Window, Workers, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
@@ -68,7 +68,13 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(help="Model directory, embedded model (ref-tiny-3m) or hub name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model directory, embedded model (ref-tiny-3m) or hub name; with --latency-only a config.json or "
+            "shipped shapes (llama-3.1-8b) will do."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the profile; an interrupted job goes on from it.")],
     device: Device = "cpu",
     quantizers: Quantizers = None,
@@ -88,6 +94,14 @@ def profile(
     error: Annotated[
         str, typer.Option(help="weights (data-free) or proxy (under Hessians, to be built with `apply --hessian`).")
     ] = "weights",
+    head: Annotated[
+        bool | None,
+        typer.Option("--head/--no-head", help="Plan lm_head; default: where its weight isn't the embedding's."),
+    ] = None,
+    latency_only: Annotated[
+        bool, typer.Option("--latency-only", help="Measure kernels and overhead alone; no weights are needed.")
+    ] = False,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens in the cache for the overhead.")] = None,
     seed: Seed = 0,
     engine: EngineName = "local",
     workers: Workers = None,
@@ -95,31 +109,35 @@ def profile(
     json_output: Json = False,
 ) -> None:
     """Measure what every quantizer costs every layer: loss, bytes, microseconds."""
+    from .cli_profiles import finish_profile, measure_latencies
     from .kernels.rotation import rotation_note
     from .profiles.engines import Engine
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
     from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
 
+    specs, batches = parse_palette(quantizers, state_bits), parse_batch_sizes(batch_sizes)
+    if latency_only:
+        measure_latencies(model, out, specs, batches, context, device, restart=restart, json_output=json_output)
+        return
     settings = ProfileSettings(
-        specs=parse_palette(quantizers, state_bits),
+        specs=specs,
         method=parse_loss_method(loss),
         text=text,
-        batch_sizes=parse_batch_sizes(batch_sizes),
+        batch_sizes=batches,
         tokens=tokens,
         window=window,
         noise=noise,
         seed=seed,
         device=device,
         error=error,
+        head=head,
+        **({} if context is None else {"context": context}),
     )
-    try:
-        done = run_profile(
-            resolve_model(model), out, settings, name=model, restart=restart, engine=Engine(engine, workers)
-        )
-    except KeyboardInterrupt:
-        note(f"\nmsq: interrupted; finished rows are in {out}, the same command goes on from them.")
-        sys.exit(130)
+    who = Engine(engine, workers)
+    done = finish_profile(
+        lambda: run_profile(resolve_model(model), out, settings, name=model, restart=restart, engine=who), out
+    )
     for remark in filter(None, map(rotation_note, sorted(set(done.layers["in_features"])))):
         note(f"msq: {remark}.")
     facts = {"profile": str(out), "digest": done.digest, "layers": len(done.layers), "quantizers": len(done.quantizers)}
@@ -129,6 +147,7 @@ def profile(
         print(f"profile of {facts['layers']} layers x {facts['quantizers']} quantizers in {out}")
 
 
+app.command()(cli_profiles.combine)
 app.command()(cli_planning.plan)
 app.command()(cli_planning.frontier)
 app.command()(cli_planning.compare)

@@ -34,9 +34,9 @@ from ..kernels.cuda.dequantize import dequantize
 from ..kernels.cuda.hadamard import RotationTables, division, fuses_norm, matrix_table, passes, rotation_tables
 from ..kernels.cuda.layout import PreparedWeight
 from ..kernels.specs import Family, QuantizerSpec
+from ..profiles.kernel_timing import Pool, time_launches
 from .bench_kernels import environment
 from .kernel_sweep import SHAPES
-from .kernel_timing import Pool, time_launches
 
 SIZES = (2048, 4096, 5120, 8192, 11008, 13824, 14336, 28672)
 SPECS = (QuantizerSpec(Family.NUQ, 3), QuantizerSpec(Family.TCQ, 3, 16), QuantizerSpec(Family.INT, 4))

@@ -179,8 +179,8 @@ def plan_of(built: BuiltProblem, solution: Solution) -> Plan:
         profile=PlanProfile(
             digest=profile.digest,
             device=manifest.device.name,
-            seed=manifest.loss.seed or 0,
-            error=manifest.loss.error,
+            seed=profile.loss.seed or 0,
+            error=profile.loss.error,
         ),
         budgets=tuple(
             PlanBudget(text=b.text, resource=b.resource, cap=float(cap), batch_size=b.batch_size)
@@ -245,7 +245,7 @@ def promise(profile: Profile, layers: Sequence[PlannedLayer]) -> Promise:
         raise PlanError(f"expected an assignment of the profile's {len(position)} layers; got {len(layers)}.")
     column = {label: i for i, label in enumerate(profile.labels)}
     cells = [(position[entry.layer], column[entry.quantizer]) for entry in layers]
-    sensitivity = profile.layers["sensitivity"].to_numpy(np.float64)
+    sensitivity = profile.sensitivities
     memory = math.fsum(profile.size_matrix[cell] for cell in cells)
     return Promise(
         loss=math.fsum(float(sensitivity[cell[0]]) * float(profile.error_matrix[cell]) for cell in cells),

@@ -126,7 +126,7 @@ def collect_hessians(
     """
     files = HessianFiles(directory, seed)
     claim_directory(directory, {"model": digest, "tokens": tokens.digest, "seed": seed}, "Hessians")
-    missing = [block for block in range(info.blocks) if not files.path(block).exists()]
+    missing = [block for block in sorted({layer.block for layer in info.layers}) if not files.path(block).exists()]
     if missing:
         with progress("hessians", missing[-1] + 1) as advance:
             model = StreamedModel(model_dir, tokens.windows, device)

@@ -8,7 +8,6 @@ removed when the profile is whole.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -24,17 +23,20 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..kernels.specs import QuantizerSpec
+from .device import describe_device
 from .engines import IN_PROCESS, Engine
 from .errors import ProfileError
 from .files import sha256_file, sweep_temporaries
 from .fisher import measure_fisher
+from .frames import latency_table, layer_table, model_part, quantizer_table
 from .hessians import Calibration, calibration, collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal
-from .latency import measure_latency, measure_overhead
+from .latency import measure_latency, monitored
 from .models import choose_device, load_model
-from .quantizer_errors import measure_errors, measured_gaussian_error
-from .schema import MANIFEST_FILE, DevicePart, LatencyPart, LossMethod, LossPart, ModelPart, ProfileManifest
+from .overhead import METHOD, measure_head, measure_overhead
+from .quantizer_errors import measure_errors
+from .schema import MANIFEST_FILE, LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, load_profile, save_profile
 from .timing import timer_for
@@ -62,6 +64,7 @@ class ProfileSettings:
         context: tokens in the cache while the overhead is measured.
         seed: of tokens, noise and rotations.
         device: cpu or cuda.
+        head: whether lm_head is one of the layers; None for only where its weight is its own, not the embedding.
         error: "weights" measures |W - Q|^2 / |W|^2 of data-free quantization, "proxy" the Hessian-weighted error of
             quantization under the Hessian of the same tokens.
     """
@@ -78,6 +81,7 @@ class ProfileSettings:
     seed: int = 0
     device: str = "cpu"
     error: str = "weights"
+    head: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method is LossMethod.CALIBRATION_LOSS:
@@ -126,7 +130,7 @@ def run_profile(
         ProfileError: bad model, text or settings; `out` holds a finished profile or another job's rows.
     """
     device = choose_device(settings.device)
-    model_info = inventory(model_dir, name=name)
+    model_info = inventory(model_dir, name=name, head=settings.head)
     digest = model_digest(model_dir)
     tokens = calibration(model_dir, settings.text, tokens=settings.tokens, window=settings.window, seed=settings.seed)
     journal_path = out / JOURNAL_FILE
@@ -207,27 +211,26 @@ def _measure(
         engine=engine,
         hessians=hessians,
     )
-    latencies = measure_latency(
-        layers,
-        settings.specs,
-        batch_sizes=settings.batch_sizes,
-        device=device,
-        dtype=dtype,
-        timer=timer_for(device),
-        journal=journal,
+    timer = timer_for(device)
+    batches: dict[str, Any] = {"batch_sizes": settings.batch_sizes, "device": device, "dtype": dtype, "timer": timer}
+    with monitored(device) as monitor:
+        latencies = measure_latency(layers, settings.specs, journal=journal, monitor=monitor, **batches)
+        head = measure_head(layers, journal=journal, **batches)
+        state = {} if monitor is None else monitor.summary()
+    latency = (
+        LatencyPart(
+            batch_sizes=settings.batch_sizes,
+            overhead_us=overhead,
+            overhead_method=METHOD[device.type],
+            context=settings.context,
+            head_us=head,
+        )
+        if settings.batch_sizes
+        else None
     )
     manifest = ProfileManifest(
-        model=ModelPart(
-            name=model_info.name,
-            architecture=model_info.architecture,
-            blocks=model_info.blocks,
-            model_type=model_info.model_type,
-            hidden_size=model_info.hidden_size,
-            total_parameters=model_info.total_parameters,
-            unplanned_bytes=model_info.unplanned_bytes,
-            digest=digest,
-        ),
-        device=describe_device(device, context=settings.context),
+        model=model_part(model_info, digest),
+        device=describe_device(device, **state),
         loss=LossPart(
             method=settings.method,
             error="proxy" if hessians else "measured",
@@ -239,41 +242,21 @@ def _measure(
             text=tokens.text,
             quantizer=middle_quantizer(settings.specs).label if settings.method is LossMethod.DIRECT else None,
         ),
-        latency=LatencyPart(batch_sizes=settings.batch_sizes, overhead_us=overhead) if settings.batch_sizes else None,
+        latency=latency,
         software={
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     )
-    layer_rows = [
-        {
-            "layer": layer.name,
-            "block": layer.block,
-            "role": layer.role,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "fusion_group": layer.fusion_group,
-            "sensitivity": sensitivities[layer.name].value,
-            "standard_error": sensitivities[layer.name].standard_error,
-        }
-        for layer in layers
-    ]
     error_rows = [(*key, error, size) for key, (error, size) in errors.items()]
-    latency_rows = [
-        (*asdict(row.shape).values(), row.spec.label, row.implementation, row.batch_size, row.latency_us, row.spread_us)
-        for row in latencies
-    ]
-    latency_columns = (
-        "pattern", "out_features", "in_features", "quantizer", "implementation", "batch_size", "latency_us", "spread",
-    )  # fmt: skip
     return save_profile(
         out,
         manifest,
-        pd.DataFrame(layer_rows),
-        _quantizer_table(settings.specs, settings.seed),
+        layer_table(layers, sensitivities),
+        quantizer_table(settings.specs, settings.seed),
         errors=pd.DataFrame(error_rows, columns=["layer", "quantizer", "error", "size_bytes"]),
-        latency=pd.DataFrame(latency_rows, columns=list(latency_columns)) if latency_rows else None,
+        latency=latency_table(latencies),
     )
 
 
@@ -304,42 +287,3 @@ def _overhead(
         timer=timer_for(device),
         journal=journal,
     )
-
-
-def _quantizer_table(specs: Sequence[QuantizerSpec], seed: int) -> pd.DataFrame:
-    rows = [
-        {
-            "quantizer": spec.label,
-            "family": str(spec.family),
-            "bits_per_weight": spec.bits,
-            "table_bytes": spec.table_bytes,
-            "gaussian_error": measured_gaussian_error(spec, seed),
-            "state_bits": spec.state_bits,
-        }
-        for spec in specs
-    ]
-    return pd.DataFrame(rows)
-
-
-def describe_device(device: torch.device, **details: int) -> DevicePart:
-    """What a profile says of the device it was measured on; `details` are added."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts: dict[str, Any] = {
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-        }
-        return DevicePart(name=properties.name, kind="cuda", details=facts | details)
-    facts = {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    return DevicePart(name=_processor_name(), kind="cpu", details=facts | details)
-
-
-def _processor_name() -> str:
-    """The processor as Linux names it, else what the platform module knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

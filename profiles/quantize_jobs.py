@@ -54,9 +54,9 @@ def read_rows(directory: Path, layer: LayerInfo, rows: slice) -> Tensor:
     path = directory / layer.file
     try:
         with safe_open(path, framework="pt") as file:  # opened anew, so that what was read before is not kept mapped
-            weight: Tensor = file.get_slice(f"{layer.name}.weight")[rows]
+            weight: Tensor = file.get_slice(layer.stored_as)[rows]
     except (SafetensorError, OSError) as cause:
-        raise ProfileError(f"can't read '{layer.name}.weight' from {path} ({cause}); download it again.") from cause
+        raise ProfileError(f"can't read '{layer.stored_as}' from {path} ({cause}); download it again.") from cause
     return weight
 
 

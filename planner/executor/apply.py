@@ -28,8 +28,10 @@ from ...profiles.hessians import Calibration, collect_hessians
 from ...profiles.inventory import ModelInventory, inventory, weight_files
 from ...profiles.job import model_digest
 from ...profiles.jobs import JobList
+from ...profiles.model_config import EMBEDDING
 from ...profiles.models import choose_device
 from ...profiles.quantize_jobs import QuantizeTask, WeightResult, read_weight_result
+from ...profiles.schema import HEAD
 from ..errors import PlanError
 from ..plan import Plan, save_plan
 from .errors import CheckpointError
@@ -44,7 +46,7 @@ from .manifest import (
     write_manifest,
 )
 from .model_card import model_card
-from .shards import ShardWriter, StoredTensor, stored_pieces, stored_tensors
+from .shards import ShardWriter, TensorSlot, stored_pieces, stored_tensors
 
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "generation_config.json", "*.jinja")
 _STORED_AS = {torch.uint8: "U8", torch.float16: "F16"}
@@ -103,7 +105,7 @@ def apply_plan(
             `work_directory(out)` holds another job's files.
     """
     where = choose_device(device)
-    info = inventory(model_dir, name=plan.model.name)
+    info = inventory(model_dir, name=plan.model.name, head=any(entry.layer == HEAD for entry in plan.layers))
     _check_layers(plan, info, model_dir)
     if plan.profile.error == "proxy" and hessian is None:
         raise PlanError(
@@ -231,7 +233,7 @@ def _write_weights(
     engine: Engine,
 ) -> dict[str, WeightResult]:
     """Fill the weights files as jobs get done."""
-    planned = {f"{layer.name}.weight" for layer in info.layers}
+    planned = {layer.stored_as for layer in info.layers} - {EMBEDDING}  # a tied head's codes stand beside it
     untouched = [
         (path, tensor)
         for path in weight_files(task.model_dir)
@@ -239,7 +241,7 @@ def _write_weights(
         if tensor.name not in planned
     ]
     packed = [
-        StoredTensor(f"{layer.name}.{name}", _STORED_AS[dtype], shape)
+        TensorSlot(f"{layer.name}.{name}", _STORED_AS[dtype], shape)
         for layer in info.layers
         for name, (shape, dtype) in tensor_shapes(specs[layer.name], layer.out_features, layer.in_features).items()
     ]
@@ -272,4 +274,6 @@ def _write_config(
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     quantization = QuantizationConfig(quantizers=plan.quantizers, layers=layers)
     config["quantization_config"] = quantization.model_dump(mode="json")
+    if HEAD in layers:
+        config["tie_word_embeddings"] = False  # the embedding stays, the head has codes of its own
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -29,8 +29,8 @@ _PIECE_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is to be stored; `dtype` as safetensors writes it ("F16")."""
+class TensorSlot:
+    """A tensor as a file holds it; `dtype` as safetensors writes it ("F16")."""
 
     name: str
     dtype: str
@@ -49,7 +49,7 @@ class ShardWriter:
         tensors: all that will be written, in order; a shard holds neighbours.
     """
 
-    def __init__(self, directory: Path, tensors: Sequence[StoredTensor], shard_bytes: int = SHARD_BYTES) -> None:
+    def __init__(self, directory: Path, tensors: Sequence[TensorSlot], shard_bytes: int = SHARD_BYTES) -> None:
         self._directory = directory
         self._tensors = {tensor.name: tensor for tensor in tensors}
         shards = list(_shards(tensors, shard_bytes))
@@ -110,9 +110,9 @@ class ShardWriter:
             file.close()
 
 
-def _shards(tensors: Sequence[StoredTensor], shard_bytes: int) -> Iterator[list[StoredTensor]]:
+def _shards(tensors: Sequence[TensorSlot], shard_bytes: int) -> Iterator[list[TensorSlot]]:
     """Neighbours that fit a file, or single tensors that don't."""
-    shard: list[StoredTensor] = []
+    shard: list[TensorSlot] = []
     size = 0
     for tensor in tensors:
         if shard and size + tensor.size_bytes > shard_bytes:
@@ -123,7 +123,7 @@ def _shards(tensors: Sequence[StoredTensor], shard_bytes: int) -> Iterator[list[
     yield shard
 
 
-def _header(shard: Sequence[StoredTensor]) -> tuple[bytes, dict[str, int]]:
+def _header(shard: Sequence[TensorSlot]) -> tuple[bytes, dict[str, int]]:
     """The header of a file and where each tensor's data begins after it; large elements first, so all are aligned."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets = {}
@@ -138,7 +138,7 @@ def _header(shard: Sequence[StoredTensor]) -> tuple[bytes, dict[str, int]]:
     return len(text).to_bytes(8, "little") + text, offsets
 
 
-def stored_tensors(path: Path) -> list[StoredTensor]:
+def stored_tensors(path: Path) -> list[TensorSlot]:
     """What a safetensors file holds.
 
     Raises:
@@ -147,12 +147,12 @@ def stored_tensors(path: Path) -> list[StoredTensor]:
     try:
         with safe_open(path, framework="pt") as file:
             views = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            return [StoredTensor(name, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()]
+            return [TensorSlot(name, view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()]
     except (SafetensorError, OSError) as cause:
         raise CheckpointError(f"{path} is not a whole safetensors file ({cause}); download it again.") from cause
 
 
-def stored_pieces(path: Path, tensor: StoredTensor) -> Iterator[Tensor]:
+def stored_pieces(path: Path, tensor: TensorSlot) -> Iterator[Tensor]:
     """A stored tensor in pieces of a few megabytes (or a row), cut along its first dimension.
 
     Raises:

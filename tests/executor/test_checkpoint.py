@@ -19,7 +19,7 @@ from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.generate import generate_text
 from msq.planner.executor.load import load_checkpoint, quantized_weights, read_tensors
 from msq.planner.executor.manifest import parse_quantization_config
-from msq.planner.executor.shards import ShardWriter, StoredTensor, stored_pieces, stored_tensors
+from msq.planner.executor.shards import ShardWriter, TensorSlot, stored_pieces, stored_tensors
 from msq.planner.plan import Plan, load_plan
 from msq.planner.solve import find_plan
 from msq.profiles.inventory import inventory
@@ -135,7 +135,7 @@ def test_a_plan_for_other_weights_is_refused(built, tmp_path):
     other = plan.model_copy(update={"model": plan.model.model_copy(update={"digest": "0" * 64})})
     with pytest.raises(PlanError, match="digest 000000000000"):
         apply_plan(model_dir, other, tmp_path / "out")
-    fewer = plan.model_copy(update={"layers": plan.layers[:-1]})
+    fewer = plan.model_copy(update={"layers": plan.layers[1:]})
     with pytest.raises(PlanError, match="is in the model but not planned"):
         apply_plan(model_dir, fewer, tmp_path / "out")
 
@@ -196,7 +196,7 @@ def test_a_config_that_disagrees_with_itself_is_refused(built):
 
 def test_large_models_are_written_in_shards_that_load_as_one(tmp_path):
     tensors = {f"layer{i}.weight": torch.randn(8, 8) for i in range(5)}
-    listed = [StoredTensor(name, "F32", (8, 8)) for name in tensors]
+    listed = [TensorSlot(name, "F32", (8, 8)) for name in tensors]
     with ShardWriter(tmp_path, listed, shard_bytes=600) as writer:
         for name in reversed(tensors):  # in any order, in pieces
             writer.write(name, tensors[name].split(3))
@@ -236,7 +236,7 @@ def test_files_written_in_pieces_are_those_of_the_safetensors_library(tmp_path, 
 
 
 def test_a_tensor_that_is_missing_or_of_another_size_is_refused(tmp_path):
-    with ShardWriter(tmp_path, [StoredTensor("a", "F16", (4, 4))]) as writer:
+    with ShardWriter(tmp_path, [TensorSlot("a", "F16", (4, 4))]) as writer:
         with pytest.raises(CheckpointError, match=r"'a' was not"):
             writer.finish()
         with pytest.raises(CheckpointError, match=r"expected 'a' as F16 .* 32 bytes; got 24"):

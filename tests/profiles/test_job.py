@@ -34,14 +34,16 @@ def test_a_profile_of_every_architecture_is_whole(tiny_model, tmp_path):
     profile = run_profile(tiny_model, tmp_path / "p", SETTINGS, name="tiny")
     again = load_profile(tmp_path / "p")
     assert again.digest == profile.digest and not (tmp_path / "p" / JOURNAL_FILE).exists()
-    assert len(profile.layers) == 14 and (profile.layers["sensitivity"] > 0).all()
+    assert len(profile.layers) == 15 and (profile.layers["sensitivity"] > 0).all()
     assert (profile.layers["standard_error"] > 0).all()
-    assert profile.errors is not None and len(profile.errors) == 14 * len(SPECS)
+    assert profile.errors is not None and len(profile.errors) == 15 * len(SPECS)
     for row in profile.errors.itertuples():
         layer = profile.layers.set_index("layer").loc[row.layer]
         assert row.size_bytes == profile.spec(row.quantizer).size_bytes(layer.out_features, layer.in_features)
-    # 7 subsets of q, k, v; o; 3 of gate, up; down. k and v differ in role, so all are distinct.
-    assert profile.latency is not None and len(profile.latency) == 12 * len(SPECS) * 2
+    # 7 subsets of q, k, v; o; 3 of gate, up; down; the head. k and v differ in role, so all are distinct.
+    assert profile.latency is not None and len(profile.latency) == 13 * len(SPECS) * 2
+    same_shape = profile.latency.groupby(["out_features", "in_features", "quantizer", "batch_size"])["latency_us"]
+    assert (same_shape.min() == same_shape.max()).all()  # each product is measured once
     assert profile.manifest.latency is not None and set(profile.manifest.latency.overhead_us) == {1, 2}
 
 
@@ -124,7 +126,7 @@ def test_an_interrupted_proxy_job_keeps_its_hessians(tiny_llama, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
     monkeypatch.undo()
-    assert len(list((tmp_path / "p" / "hessians").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "p" / "hessians").glob("*.safetensors"))) == 3
     monkeypatch.setattr("msq.profiles.hessians.StreamedModel", None)
     profile = run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
     pd.testing.assert_frame_equal(profile.errors, undisturbed.errors)
@@ -156,10 +158,10 @@ def test_an_interrupted_job_goes_on_without_measuring_rows_twice(tiny_llama, tmp
     profile = run_profile(tiny_llama, tmp_path / "p", SETTINGS, name="tiny")
     pd.testing.assert_frame_equal(profile.layers, undisturbed.layers)
     pd.testing.assert_frame_equal(profile.errors, undisturbed.errors)
-    latency = profile.latency.set_index(["pattern", "quantizer", "batch_size"])["latency_us"]
     for key, row in finished.items():
         if key[0] == "latency":
-            assert latency[key[1], key[4], key[6]] == row[0]
+            kept = profile.latency.query("out_features == @key[1] and in_features == @key[2] and quantizer == @key[3]")
+            assert (kept["latency_us"][kept["batch_size"] == key[5]] == round(row[0], 3)).all() and len(kept)
 
 
 def test_a_finished_profile_is_not_overwritten_unless_asked(tiny_llama, tmp_path):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -232,7 +232,7 @@ def _write_weights(
     device: str,
     engine: Engine,
 ) -> dict[str, WeightResult]:
-    """Fill the weights files as jobs get done."""
+    """Fill the weights files as jobs get done; returns the results without their tensors."""
     planned = {layer.stored_as for layer in info.layers} - {EMBEDDING}  # a tied head's codes stand beside it
     untouched = [
         (path, tensor)
@@ -250,9 +250,10 @@ def _write_weights(
         for path, tensor in untouched:
             writer.write(tensor.name, stored_pieces(path, tensor))
         for job in run_jobs(task, jobs, device=device, engine=engine, what="quantizing"):
-            results[job.layer.name] = result = read_weight_result(jobs.path(job))
+            result = read_weight_result(jobs.path(job))
             for name, values in result.tensors.items():
                 writer.write(f"{job.layer.name}.{name}", [values])
+            results[job.layer.name] = replace(result, tensors={})
         writer.finish()
     return results
 

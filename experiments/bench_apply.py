@@ -124,7 +124,8 @@ def measure(arguments: argparse.Namespace, blocks: int, home: Path) -> dict[str,
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=os.environ | _TIDY_HEAP)
     row: dict[str, Any] = {"model": arguments.model, "blocks": blocks, "budget": arguments.budget}
     row |= {"workers": arguments.workers, "model_mib": size // _MIB, "write_model_seconds": round(written - begun, 1)}
-    return row | json.loads(done.stdout)
+    row |= json.loads(done.stdout)
+    return row
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ class QuantizedWeight:
         rotation_seed: seed of the input rotation; None where the weight is not rotated.
         packed: one uint8 tensor ``(row_tiles, column_tiles, 16 * width)`` per segment of `spec.rates`.
         scales: ``(out_features,)`` fp16.
-        codebook: ``spec.codebook_shape`` fp16, empty for `int`.
+        codebook: ``spec.codebook_shape`` fp16, empty where the quantizer has none.
     """
 
     spec: QuantizerSpec
@@ -120,7 +120,7 @@ def from_tensors(
 def coders(spec: QuantizerSpec) -> list[PairCoder]:
     """One coder per segment."""
     if spec.has_trellis:
-        return [TrellisCoder(int(2 * rate), spec.state_bits) for rate in spec.rates]
+        return [TrellisCoder(spec, rate) for rate in spec.rates]
     if spec.family is Family.VQ:
         return [VectorCoder(int(2 * spec.bits))]
     return [ScalarCoder(int(spec.bits), uniform=spec.family is Family.INT)]

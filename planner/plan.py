@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..kernels.errors import QuantizerError
-from ..kernels.specs import Family, QuantizerSpec
+from ..kernels.specs import DEFAULT_TABLE, Family, QuantizerSpec, TrellisCode
 from ..profiles.files import dump_yaml, read_yaml, validation_sentence, write_atomic
 from ..profiles.schema import Digest, ErrorKind, Name, check_schema_version
 from .errors import PlanError
@@ -68,6 +68,8 @@ class PlanQuantizer(_Part):
     family: Family
     bits: float
     state_bits: int = 0
+    table_bits: int = DEFAULT_TABLE
+    code: TrellisCode = TrellisCode.HYB
 
     @model_validator(mode="after")
     def _exists(self) -> PlanQuantizer:
@@ -78,7 +80,7 @@ class PlanQuantizer(_Part):
         return self
 
     def spec(self) -> QuantizerSpec:
-        return QuantizerSpec(self.family, self.bits, self.state_bits)
+        return QuantizerSpec(self.family, self.bits, self.state_bits, self.table_bits, self.code)
 
 
 class PlannedLayer(_Part):

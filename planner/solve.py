@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -200,7 +200,7 @@ def plan_of(built: BuiltProblem, solution: Solution) -> Plan:
             columns=built.problem.columns,
         ),
         quantizers={
-            label: PlanQuantizer(family=spec.family, bits=spec.bits, state_bits=spec.state_bits)
+            label: PlanQuantizer.model_validate(asdict(spec))
             for label, spec in ((label, profile.spec(label)) for label in built.labels if label in used)
         },
         layers=tuple(layers),

@@ -52,6 +52,7 @@ def quantizer_table(specs: Sequence[QuantizerSpec], seed: int) -> pd.DataFrame:
             "table_bytes": spec.table_bytes,
             "gaussian_error": measured_gaussian_error(spec, seed),
             "state_bits": spec.state_bits,
+            "code": str(spec.code),
         }
         for spec in specs
     ]

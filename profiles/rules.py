@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from ..kernels.errors import QuantizerError
-from ..kernels.specs import DEFAULT_STATE_BITS, Family, QuantizerSpec
+from ..kernels.specs import DEFAULT_STATE_BITS, Family, QuantizerSpec, TrellisCode, table_bits_of
 from .errors import ProfileError
 from .schema import (
     ARCHITECTURES,
@@ -117,23 +117,28 @@ def sorted_quantizers(quantizers: pd.DataFrame, where: str) -> pd.DataFrame:
     if repeated.any():
         raise ProfileError(f"{where}: {specs.index[repeated][0]} has the fields of another quantizer; keep one.")
     families = list(Family)
-    keys = [(families.index(s.family), s.bits, s.state_bits) for s in specs]
+    keys = [(families.index(s.family), s.bits, s.state_bits, s.code, s.table_bits) for s in specs]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     return quantizers.iloc[order].reset_index(drop=True)
 
 
 def quantizer_specs(quantizers: pd.DataFrame, where: str) -> dict[str, QuantizerSpec]:
     specs = {}
-    states = quantizers["state_bits"] if "state_bits" in quantizers else [None] * len(quantizers)
-    for label, family, bits, state in zip(
-        quantizers["quantizer"], quantizers["family"], quantizers["bits_per_weight"], states, strict=True
-    ):
+    missing = [None] * len(quantizers)
+    states, codes = quantizers.get("state_bits", missing), quantizers.get("code", missing)
+    columns = (quantizers[name] for name in ("quantizer", "family", "bits_per_weight", "table_bytes"))
+    for label, family, bits, table_bytes, state, code in zip(*columns, states, codes, strict=True):
         if family not in list(Family):
             raise ProfileError(f"{where}: {label} is of an unknown family '{family}'; known: {', '.join(Family)}.")
+        if code not in (None, *TrellisCode):
+            raise ProfileError(f"{where}: {label} has an unknown code '{code}'; known: {', '.join(TrellisCode)}.")
         trellis = family in (Family.TCQ, Family.HALF_TCQ)
         default = DEFAULT_STATE_BITS if trellis else 0
         try:
-            specs[label] = QuantizerSpec(Family(family), float(bits), default if state is None else int(state))
+            chosen = TrellisCode.HYB if code is None else TrellisCode(code)
+            table_bits = table_bits_of(int(table_bytes)) if trellis else 0
+            state_bits = default if state is None else int(state)
+            specs[label] = QuantizerSpec(Family(family), float(bits), state_bits, table_bits, chosen)
         except QuantizerError as cause:
             raise ProfileError(f"{where}: {label}: {cause}") from cause
     return specs

@@ -221,6 +221,7 @@ QUANTIZERS = Table(
         Column("table_bytes", "integer"),
         Column("gaussian_error", "real"),
         Column("state_bits", "integer", required=False),
+        Column("code", "text", required=False),
         Column("source_name", "text", required=False, blank=True),
     ),
     key=("quantizer",),

@@ -17,7 +17,7 @@ from .codebooks import codebook as shipped_codebook
 from .codebooks import gaussian_error
 from .errors import QuantizerError
 from .hessian import Hessian
-from .ldlq import encode_with_feedback
+from .ldlq import encode_with_feedback, goes_up
 from .packing import from_pairs, pack, to_pairs, unpack
 from .quantizers.base import PairCoder
 from .quantizers.scalar import ScalarCoder
@@ -203,7 +203,8 @@ def _target_rms(spec: QuantizerSpec, hessian: Hessian | None) -> float:
         return 1.0
     error = gaussian_error(spec)
     error = 2 ** (-2 * spec.bits) if error is None else error
-    return math.sqrt(1 + min(1.0, error * hessian.feedback_power(coders(spec)[0].block)))
+    parts = coders(spec)
+    return math.sqrt(1 + min(1.0, error * hessian.feedback_power(parts[0].block, ascending=goes_up(parts))))
 
 
 def _check_basis(hessian: Hessian, spec: QuantizerSpec, in_features: int, rotation_seed: int) -> None:

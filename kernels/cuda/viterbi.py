@@ -8,6 +8,7 @@ units of the last place of each other the other one may be found.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,7 +24,7 @@ from .tuning import Limits, device_limits
 _RESIDENT = 2
 """Blocks of a multiprocessor: one searches while the other traces its paths or waits at a barrier."""
 _MINIMA = 32
-"""Minima that a thread keeps in registers, and half as many again: two for each tile and overlap."""
+"""Tiles times overlaps of a thread at most: it keeps two minima for each in registers."""
 _SYSTEM_BYTES = 1024
 """Shared memory that the system takes of every block's."""
 _SCRATCH_BYTES = 3 << 30
@@ -47,6 +48,8 @@ class Division:
     run: int
     runs: int
     resident: int = _RESIDENT
+    unroll: int = 1
+    ahead: bool = False
 
     def splits(self, overlaps: int) -> int:
         """Threads that share the alternatives of an overlap."""
@@ -67,8 +70,8 @@ def divide(state_bits: int, width: int, steps: int, tiles: int, limits: Limits) 
     half = 1 << state_bits - width - 1
     threads = max(32, 1 << state_bits - 8)
     fallback = None
-    for together in (8, 4, 2, 1):
-        own = min(max(half // threads, _MINIMA // 2 // together), half, max(1, (1 << state_bits - 1) // threads))
+    for together, minima in itertools.product((8, 4, 2, 1), (_MINIMA, _MINIMA // 2)):
+        own = min(max(half // threads, minima // together), half, max(1, (1 << state_bits - 1) // threads))
         if own * together > _MINIMA and together > 1:
             continue
         run = min(own, 4)
@@ -90,7 +93,18 @@ def source(
     """The kernel of one trellis; `seam_steps` replaces `window`."""
     macros = {"STATE_BITS": state_bits, "WIDTH": width, "STEPS": steps, "WINDOW": seam_steps or window(width)}
     macros |= {"TILES": chosen.tiles, "BLOCK_THREADS": chosen.threads, "RESIDENT": chosen.resident}
-    return Source("viterbi.cu", "encode", macros | {"RUN": chosen.run, "RUNS": chosen.runs, "MIRRORED": mirrored})
+    return Source(
+        "viterbi.cu",
+        "encode",
+        macros
+        | {
+            "RUN": chosen.run,
+            "RUNS": chosen.runs,
+            "MIRRORED": mirrored,
+            "UNROLL": chosen.unroll,
+            "AHEAD": chosen.ahead,
+        },
+    )
 
 
 def encode(

@@ -9,6 +9,9 @@ L = 16, s and 65535 - s have the same hash.
 the sum of its four bytes, or of two fp16 numbers made of its halves. A state stands for one weight. The values are
 scaled for each rate to least error on N(0,1) and rounded to fp16.
 
+SCALAR: the hash of HYB and a table of single weights. A state stands for one weight, so at the same rate twice as many
+bits of it stay from step to step: less distortion than HYB, at twice the look-ups.
+
 LUT: a table of all states, pairs.
 """
 
@@ -29,7 +32,16 @@ _SIGN_AND_LOW = 0x8FFF
 _EXPONENT = 0x3B60
 """3INST keeps a half's sign and the low 12 bits, and flips those of 0.922 in fp16."""
 
-_SCALES: dict[tuple[TrellisCode, int], float] = {}
+_SCALES = {
+    (TrellisCode.ONE_MAD, 2): 1.02,
+    (TrellisCode.ONE_MAD, 3): 1.04,
+    (TrellisCode.ONE_MAD, 4): 1.04,
+    (TrellisCode.ONE_MAD, 5): 1.04,
+    (TrellisCode.THREE_INST, 2): 0.80,
+    (TrellisCode.THREE_INST, 3): 0.86,
+    (TrellisCode.THREE_INST, 4): 0.88,
+    (TrellisCode.THREE_INST, 5): 0.94,
+}
 """Factor of the values by code and bits per weight."""
 
 
@@ -87,7 +99,7 @@ def state_points(
     """What every state stands for.
 
     Args:
-        codebook: ``(entries, 2)``; ignored by the codes that calculate.
+        codebook: ``(entries, 2)`` or, for SCALAR, ``(entries, 1)``; ignored by the codes that calculate.
         bits: bits per weight, for the codes that calculate.
         device: of the result; None for that of `codebook`.
 

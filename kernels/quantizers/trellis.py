@@ -36,11 +36,11 @@ class TrellisCoder(PairCoder):
 
     def encode(self, pairs: Tensor, codebook: Tensor) -> Tensor:
         points = self.points(codebook, pairs.device)
-        inputs = pairs.reshape(len(pairs), -1, self._weights_per_step)
+        inputs = self.inputs(pairs)
         if pairs.is_cuda and kernel_problem(pairs.device) is None:
             from ..cuda.viterbi import encode
 
-            mirrored = self.code is TrellisCode.HYB and self.state_bits == 16
+            mirrored = self.code in (TrellisCode.HYB, TrellisCode.SCALAR) and self.state_bits == 16
             steps = encode(inputs, points, self.step_width, mirrored=mirrored)
         else:
             steps = viterbi_encode(inputs, points, self.step_width)
@@ -50,6 +50,10 @@ class TrellisCoder(PairCoder):
         points = self.points(codebook, codes.device)
         pairs: Tensor = points[self.states(codes)].unflatten(-2, (-1, self.width // self.step_width)).flatten(-2)
         return pairs
+
+    def inputs(self, pairs: Tensor) -> Tensor:
+        """What each step takes: ``(tiles, 128, 2)`` -> the same, or ``(tiles, 256, 1)``."""
+        return pairs.reshape(len(pairs), pairs.shape[1] * 2 // self._weights_per_step, self._weights_per_step)
 
     def states(self, codes: Tensor) -> Tensor:
         """The trellis states of every step: codes ``(..., 128)`` -> ``(..., 128)`` or ``(..., 256)``."""

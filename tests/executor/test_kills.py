@@ -159,10 +159,9 @@ def test_two_processes_of_which_one_is_killed(tiny_llama, undisturbed, tmp_path)
     assert files(tmp_path / "checkpoint") == files(home / "checkpoint")
 
 
-def test_two_ray_workers_of_which_one_is_killed(tiny_llama, undisturbed, tmp_path, monkeypatch):
+def test_two_ray_workers_of_which_one_is_killed(tiny_llama, undisturbed, tmp_path):
     ray = pytest.importorskip("ray")
     home, plan = undisturbed
-    monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     two = Engine("ray", workers=2)
     try:

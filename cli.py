@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, cli_checks, cli_planning, cli_profiles, cli_running
-from .cli_options import Device, Json, Quantizers, Seed, Tokens, Window, note, print_json
+from .cli_options import Device, EngineName, Json, Quantizers, Seed, Tokens, Window, Workers, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
 
@@ -103,6 +103,8 @@ def profile(
     ] = False,
     context: Annotated[int | None, typer.Option(min=1, help="Tokens in the cache for the overhead.")] = None,
     seed: Seed = 0,
+    engine: EngineName = "local",
+    workers: Workers = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what is in --out and begin anew.")] = False,
     json_output: Json = False,
 ) -> None:
@@ -110,6 +112,7 @@ def profile(
     from .cli_profiles import finish_profile, measure_latencies
     from .kernels.rotation import rotation_note
     from .planner.executor.overhead import ExecutorOverhead
+    from .profiles.engines import Engine
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
     from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
@@ -132,9 +135,10 @@ def profile(
         head=head,
         **({} if context is None else {"context": context}),
     )
+    who, overhead = Engine(engine, workers), ExecutorOverhead()
     done = finish_profile(
         lambda: run_profile(
-            resolve_model(model), out, settings, name=model, overhead=ExecutorOverhead(), restart=restart
+            resolve_model(model), out, settings, name=model, overhead=overhead, restart=restart, engine=who
         ),
         out,
     )
@@ -166,12 +170,15 @@ def apply(
     window: Window = 512,
     seed: Seed = 0,
     device: Device = "cpu",
+    engine: EngineName = "local",
+    workers: Workers = None,
     json_output: Json = False,
 ) -> None:
-    """Quantize a model as planned and save the checkpoint; an interrupted collection of Hessians goes on."""
+    """Quantize a model as planned and save the checkpoint; an interrupted command goes on when it is repeated."""
     from .planner.errors import PlanError
-    from .planner.executor.apply import apply_plan
+    from .planner.executor.apply import apply_plan, work_directory
     from .planner.plan import load_plan
+    from .profiles.engines import Engine
     from .profiles.hessians import calibration
     from .profiles.model_source import resolve_model
 
@@ -180,7 +187,12 @@ def apply(
     promised = load_plan(plan)
     directory = resolve_model(model)
     calibrated = calibration(directory, text, tokens=tokens, window=window, seed=seed) if hessian else None
-    applied = apply_plan(directory, promised, out, device=device, hessian=calibrated)
+    who = Engine(engine, workers)
+    try:
+        applied = apply_plan(directory, promised, out, device=device, hessian=calibrated, engine=who)
+    except KeyboardInterrupt:
+        note(f"\nmsq: interrupted; finished layers are in {work_directory(out)}, the same command goes on from them.")
+        sys.exit(130)
     facts = {
         "hessian": calibrated and (calibrated.text or "data-free"),
         "checkpoint": str(out),

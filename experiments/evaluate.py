@@ -18,7 +18,8 @@ from ..profiles.errors import ProfileError
 from ..profiles.models import choose_device, load_model
 from ..profiles.progress import progress
 
-_LOGITS_AT_ONCE = 1 << 24
+_LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
+"""Logits of a batch; on a GPU many, since the reference implementation decodes the weights for each."""
 _LARGEST_LOSS = 700.0
 """Nats per token above which a perplexity is beyond float64."""
 
@@ -70,7 +71,7 @@ def evaluate(model: nn.Module, windows: Tensor, *, reference: nn.Module | None =
             "give the model that was quantized."
         )
     device = next(iter(model.parameters())).device
-    batches = windows.split(max(1, _LOGITS_AT_ONCE // (length * vocabulary)))
+    batches = windows.split(max(1, _LOGITS_AT_ONCE[device.type] // (length * vocabulary)))
     loss = divergence = 0.0
     with progress("evaluating", len(batches)) as advance:
         for batch in batches:

@@ -37,8 +37,9 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 _FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
-_BYTES |= {"U64": 8, "I64": 8, "F64": 8}
+DTYPE_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}
+DTYPE_BYTES |= {"U64": 8, "I64": 8, "F64": 8}
+"""Bytes of an element, by the names of safetensors."""
 _BLOCK = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -166,7 +167,9 @@ def _inventory(
         hidden_size=int(config["hidden_size"]),
         tied_embeddings=tied,
         layers=tuple(layers),
-        unplanned_bytes=sum(math.prod(t.shape) * _BYTES[t.dtype] for key, t in tensors.items() if key not in planned),
+        unplanned_bytes=sum(
+            math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] for key, tensor in tensors.items() if key not in planned
+        ),
         total_parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
     )
 
@@ -258,7 +261,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         raise ProfileError(
             f"{path} is not a whole safetensors file ({cause}); it may be cut short, download it again."
         ) from cause
-    unknown = next((key for key, tensor in tensors.items() if tensor.dtype not in _BYTES), None)
+    unknown = next((key for key, tensor in tensors.items() if tensor.dtype not in DTYPE_BYTES), None)
     if unknown is not None:
         raise ProfileError(
             f"'{unknown}' in {path.name} is stored as {tensors[unknown].dtype}; expected an unquantized model in "

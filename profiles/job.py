@@ -1,7 +1,8 @@
 """The profiling job: inventory, sensitivities, quantizer errors, latencies, then one profile directory.
 
-Every finished row goes to a journal in the output directory at once, so the job can be interrupted at any moment and
-goes on from there when it is started again with the same settings. The journal is removed when the profile is whole.
+Every finished row goes to a journal in the output directory at once, Hessians and errors to files beside it, so the job
+can be interrupted at any moment and goes on from there when it is started again with the same settings. All of that is
+removed when the profile is whole.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ from torch import Tensor, nn
 from .. import __version__
 from ..kernels.specs import QuantizerSpec
 from .device import describe_device
+from .engines import IN_PROCESS, Engine
 from .errors import ProfileError
-from .files import sha256_file
+from .files import sha256_file, sweep_temporaries
 from .fisher import measure_fisher
 from .frames import latency_table, layer_table, model_part, quantizer_table
 from .hessians import Calibration, calibration, collect_hessians
@@ -33,14 +36,16 @@ from .latency import measure_latency, monitored
 from .models import choose_device, load_model
 from .overhead import METHOD, StepOverhead, measure_head, measure_overhead, stock_overhead
 from .quantizer_errors import measure_errors
-from .schema import LatencyPart, LossMethod, LossPart, ProfileManifest
+from .schema import MANIFEST_FILE, LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
-from .tables import Profile, save_profile
+from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
 
 _BY_NOISE = (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL)
 HESSIANS_DIR = "hessians"
 """Inside the output directory while a job with proxy errors runs."""
+RESULTS_DIR = "results"
+"""Inside the output directory while a job runs: the errors measured so far."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,9 @@ def run_profile(
     name: str,
     overhead: StepOverhead | None = None,
     restart: bool = False,
+    engine: Engine = IN_PROCESS,
 ) -> Profile:
-    """Measure a model and write its profile.
+    """Measure a model and write its profile; what an interrupted call has measured is not measured again.
 
     Args:
         model_dir: a Hugging Face directory with safetensors weights.
@@ -120,6 +126,7 @@ def run_profile(
         name: what to call the model in the profile.
         overhead: how the overhead of a decoding step is measured; None for that of the stock model.
         restart: drop what an interrupted or finished job left in `out`.
+        engine: who measures the quantizer errors.
 
     Raises:
         ProfileError: bad model, text or settings; `out` holds a finished profile or another job's rows.
@@ -134,19 +141,31 @@ def run_profile(
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
     with Journal(journal_path, job, restart=restart) as journal:
+        sweep_temporaries(out)
         if restart:
-            shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
-        profile = _measure(model_dir, out, settings, model_info, digest, tokens, overhead, device, journal)
-        journal_path.unlink()
-        shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
+            _remove_work(out)
+        if (out / MANIFEST_FILE).exists():  # interrupted while it cleaned up
+            profile = load_profile(out)
+        else:
+            profile = _measure(model_dir, out, settings, model_info, digest, tokens, overhead, device, journal, engine)
+        _remove_work(out)
+        journal_path.unlink()  # last: it says that there is something to go on from
     return profile
+
+
+def _remove_work(out: Path) -> None:
+    """Remove what was kept for a job that is interrupted, but the journal."""
+    for name in (HESSIANS_DIR, RESULTS_DIR):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def model_digest(model_dir: Path) -> str:
     """SHA-256 over the config and the weights of a model directory."""
     total = hashlib.sha256()
-    for path in sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")]):
-        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    paths = sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")])
+    with ThreadPoolExecutor() as threads:
+        for path, digest in zip(paths, threads.map(sha256_file, paths), strict=True):
+            total.update(f"{path.name} {digest}\n".encode())
     return total.hexdigest()
 
 
@@ -164,6 +183,7 @@ def _measure(
     overhead: StepOverhead | None,
     device: torch.device,
     journal: Journal,
+    engine: Engine,
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
@@ -177,7 +197,14 @@ def _measure(
             model_dir, model_info, tokens, out / HESSIANS_DIR, digest=digest, seed=settings.seed, device=device
         )
     errors = measure_errors(
-        model_dir, layers, settings.specs, seed=settings.seed, device=device, journal=journal, hessians=hessians
+        model_dir,
+        layers,
+        settings.specs,
+        seed=settings.seed,
+        device=settings.device,
+        work=out / RESULTS_DIR,
+        engine=engine,
+        hessians=hessians,
     )
     batches: dict[str, Any] = {"batch_sizes": settings.batch_sizes, "device": device, "dtype": dtype, "timer": timer}
     with monitored(device) as monitor:

@@ -23,15 +23,15 @@ from .. import __version__
 from ..kernels.specs import QuantizerSpec
 from .device import describe_device
 from .errors import ProfileError
-from .files import sha256_file
+from .files import sha256_file, sweep_temporaries
 from .frames import latency_table, layer_table, model_part, quantizer_table
 from .inventory import ModelInventory, inventory_of_config
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_config
 from .overhead import METHOD, StepOverhead, Zeros, measure_head, measure_overhead, stock_overhead
-from .schema import LatencyPart, ProfileManifest
-from .tables import Profile, save_profile
+from .schema import MANIFEST_FILE, LatencyPart, ProfileManifest
+from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -92,8 +92,12 @@ def run_latency_profile(
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"config": sha256_file(config), "quantizers": [spec.label for spec in settings.specs]}
     with Journal(out / JOURNAL_FILE, job, restart=restart) as journal:
-        profile = _measure(config, info, out, settings, overhead, device, journal)
-        (out / JOURNAL_FILE).unlink()
+        sweep_temporaries(out)
+        if (out / MANIFEST_FILE).exists():  # interrupted before the journal was removed
+            profile = load_profile(out)
+        else:
+            profile = _measure(config, info, out, settings, overhead, device, journal)
+        (out / JOURNAL_FILE).unlink()  # last: it says that there is something to go on from
     return profile
 
 

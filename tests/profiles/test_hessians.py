@@ -66,7 +66,7 @@ class _Interruptions:
         self.write(*arguments)
 
 
-@pytest.mark.parametrize("writes", [0, 1, 2, 3])
+@pytest.mark.parametrize("writes", [0, 1, 2])
 def test_an_interrupted_job_goes_on_and_ends_with_the_same_files(tiny_llama, tmp_path, monkeypatch, writes):
     collect(tiny_llama, tmp_path / "whole")
     monkeypatch.setattr(hessians_module, "write_atomic", _Interruptions(writes))
@@ -74,7 +74,7 @@ def test_an_interrupted_job_goes_on_and_ends_with_the_same_files(tiny_llama, tmp
         collect(tiny_llama, tmp_path / "h")
     monkeypatch.undo()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "h").iterdir()}
-    assert len(before) == writes
+    assert len(before) == 1 + writes
     collect(tiny_llama, tmp_path / "h")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     names = sorted(path.name for path in (tmp_path / "whole").iterdir())
@@ -96,7 +96,7 @@ def test_a_text_is_read_from_its_beginning(tiny_llama, tmp_path):
 @pytest.mark.parametrize("changes", [{"tokens": 180}, {"digest": "e"}, {"seed": 4}])
 def test_files_of_another_job_are_refused(tiny_llama, tmp_path, changes):
     collect(tiny_llama, tmp_path / "h")
-    with pytest.raises(ProfileError, match="Hessians of another model, text or seed"):
+    with pytest.raises(ProfileError, match=r"Hessians made with other settings \((tokens|model|seed)\)"):
         collect(tiny_llama, tmp_path / "h", **changes)
 
 

@@ -120,8 +120,11 @@ def test_proxy_errors_are_those_of_quantization_under_the_hessians(tiny_llama, t
 def test_an_interrupted_proxy_job_keeps_its_hessians(tiny_llama, tmp_path, monkeypatch):
     settings = dataclasses.replace(SETTINGS, batch_sizes=(), error="proxy")
     undisturbed = run_profile(tiny_llama, tmp_path / "whole", settings, name="tiny")
-    monkeypatch.setattr(job_module, "Journal", Interrupting)
-    Interrupting.left = 30
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msq.profiles.quantize_jobs.quantize", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")
     monkeypatch.undo()
@@ -131,7 +134,7 @@ def test_an_interrupted_proxy_job_keeps_its_hessians(tiny_llama, tmp_path, monke
     pd.testing.assert_frame_equal(profile.errors, undisturbed.errors)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 9, 28, 30, 60, 100])
+@pytest.mark.parametrize("rows", [0, 1, 9, 28, 30, 60])
 def test_an_interrupted_job_goes_on_without_measuring_rows_twice(tiny_llama, tmp_path, monkeypatch, rows):
     undisturbed = run_profile(tiny_llama, tmp_path / "whole", SETTINGS, name="tiny")
     monkeypatch.setattr(job_module, "Journal", Interrupting)

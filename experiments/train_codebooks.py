@@ -2,14 +2,16 @@
 
     python -m msq.experiments.train_codebooks --device cuda --out results
 
-writes ``codebooks.safetensors`` and ``gaussian_errors.csv``, both shipped in ``kernels/data``; with ``--families`` it
-replaces only their rows in an output folder that holds the others. The shipped tables were made on an NVIDIA H200: all
-families with the defaults, then ``--families vq --tiles 65536 --iterations 100``.
+writes ``codebooks.safetensors`` and ``gaussian_errors.csv``, both shipped in ``kernels/data``; with ``--families`` or
+``--quantizers`` it replaces only their rows in an output folder that holds the others. The trellis tables were made on
+an NVIDIA H200 with the defaults, the plane tables with ``--families vq --iterations 100`` on 65536 tiles throughout.
 
-Scalar tables are Lloyd-Max levels by numerical iteration; plane tables come from k-means; trellis tables start from
-k-means on the half plane (the sign bit of the HYB code mirrors the first coordinate) and are improved by Lloyd
-iterations on their own Viterbi assignments: each entry moves to the mean of the pairs it served. `half_tcq` trains one
-table on both of its rates.
+Scalar tables are Lloyd-Max levels by numerical iteration; plane tables come from k-means. Trellis tables are improved
+by Lloyd iterations on their own Viterbi assignments: each entry moves to the mean of what it served. A third of the
+iterations is spent on each of several starts, of which the best goes on: k-means on the half plane (the sign bit
+mirrors the first coordinate), and Gaussian points of several spreads. Every iteration draws new samples, so that
+nothing is fitted to one of them; the last third draws four times as many. `half_tcq` trains one table on both of its
+rates. The codes without a table are measured over a range of scales, which are printed.
 """
 
 from __future__ import annotations
@@ -24,13 +26,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..kernels.codebooks import codebook_key
-from ..kernels.packing import sliding_states
+from ..kernels.codebooks import codebook_key, row_spec
 from ..kernels.quantize import coders
 from ..kernels.quantizers.base import PairCoder
-from ..kernels.quantizers.trellis import TrellisCoder, hybrid_indices
+from ..kernels.quantizers.codes import table_indices
+from ..kernels.quantizers.trellis import TrellisCoder
 from ..kernels.quantizers.vector import VectorCoder
-from ..kernels.specs import PAIRS_PER_TILE, Family, QuantizerSpec, default_palette
+from ..kernels.specs import (
+    PAIRS_PER_TILE,
+    TILE,
+    Family,
+    QuantizerSpec,
+    TrellisCode,
+    every_quantizer,
+    match_labels,
+)
 
 _NO_TABLE = torch.empty(0, 1, dtype=torch.float16)
 
@@ -69,34 +79,40 @@ def k_means(samples: Tensor, points: Tensor, iterations: int) -> Tensor:
 
 def _centroids(points: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """Mean of the values that each entry served; an unused entry stays."""
-    count = torch.zeros(len(points), device=values.device, dtype=torch.float64)
-    count.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
-    total = torch.zeros(len(points), 2, device=values.device, dtype=torch.float64).index_add_(0, index, values.double())
-    return torch.where(count.unsqueeze(1) > 0, total / count.clamp_min(1).unsqueeze(1), points.double()).float()
+    count = torch.bincount(index, minlength=len(points)).unsqueeze(1)
+    totals = [torch.bincount(index, weights=column.double(), minlength=len(points)) for column in values.unbind(1)]
+    return torch.where(count > 0, torch.stack(totals, 1) / count.clamp_min(1), points.double()).float()
 
 
-def train_trellis(spec: QuantizerSpec, samples: Tensor, start: Tensor, iterations: int) -> Tensor:
-    """Lloyd iterations on Viterbi assignments; the rates of `half_tcq` share the table and the samples."""
-    points = start
-    parts = list(zip(coders(spec), samples.chunk(len(spec.rates)), strict=True))
-    index_of, sign_of = (t.to(samples.device) for t in hybrid_indices(spec.state_bits, len(points)))
-    for _ in range(iterations):
+def train_trellis(spec: QuantizerSpec, points: Tensor, tiles: int, iterations: int, seed: int) -> tuple[Tensor, float]:
+    """Lloyd iterations on Viterbi assignments; the rates of `half_tcq` share the table and the samples.
+
+    Returns:
+        The table, and the squared error of the last iteration before its update, a weight.
+    """
+    device, error = points.device, math.inf
+    index_of, sign_of = table_indices(spec.code, spec.state_bits, len(points), device)
+    for iteration in range(iterations):
+        samples = gaussian_pairs(tiles, seed + iteration, str(device))
         entries, values = [], []
-        for coder, pairs in parts:
+        error = 0.0
+        for coder, pairs in zip(coders(spec), samples.chunk(len(spec.rates)), strict=True):
             assert isinstance(coder, TrellisCoder)
-            states = sliding_states(coder.encode(pairs, points), coder.width, spec.state_bits).flatten().long()
-            folded = pairs.flatten(0, 1).clone()
+            table = points.half()
+            codes = coder.encode(pairs, table)
+            error += float((coder.decode(codes, table) - pairs).double().square().sum()) / samples.numel()
+            states, folded = coder.states(codes).flatten(), coder.inputs(pairs).flatten(0, 1)
             folded[:, 0] *= sign_of[states]
             entries.append(index_of[states])
             values.append(folded)
         points = _centroids(points, torch.cat(entries), torch.cat(values))
-    return points
+    return points, error
 
 
 def measure(spec: QuantizerSpec, table: Tensor, samples: Tensor) -> float:
-    """Normalised error on samples ``(tiles, 128, 2)``; the two rates of `half_tcq` take half of them each."""
+    """Normalised error on samples ``(tiles, 128, 2)``; the two rates of `half_tcq` share them as they share columns."""
     wrong = 0.0
-    for coder, pairs in zip(coders(spec), samples.chunk(len(spec.rates)), strict=True):
+    for coder, pairs in zip(coders(spec), samples.split(list(spec.segment_tiles(TILE * len(samples)))), strict=True):
         if spec.family is Family.INT:
             wrong += _integer_error(coder, pairs)
             continue
@@ -114,65 +130,117 @@ def _integer_error(coder: PairCoder, pairs: Tensor) -> float:
     return best
 
 
-def train(spec: QuantizerSpec, samples: Tensor, iterations: int, seed: int) -> Tensor:
+def train(spec: QuantizerSpec, device: str, tiles: int, iterations: int, seed: int) -> Tensor:
     """The fp16 table of one quantizer."""
-    if spec.family is Family.INT:
+    if not spec.table_bytes:
         return _NO_TABLE
     if spec.family is Family.NUQ:
         return lloyd_max(spec.codebook_shape[0])
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(spec.codebook_shape, generator=generator)
     if spec.family is Family.VQ:
-        return k_means(samples, (start * math.sqrt(2)).to(samples.device), 4 * iterations).half().cpu()
-    start[:, 0].abs_()
-    mirrored = samples[: len(samples) // 2].clone()
-    mirrored[..., 0].abs_()
-    points = k_means(mirrored, start.to(samples.device), iterations)
-    return train_trellis(spec, samples, points, iterations).half().cpu()
+        start = torch.randn(spec.codebook_shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        return k_means(gaussian_pairs(tiles, seed, device), start * math.sqrt(2), 4 * iterations).half().cpu()
+    third, drafts = iterations // 3, []
+    for name, start in trellis_starts(spec, gaussian_pairs(tiles // 2, seed, device), seed).items():
+        points, error = train_trellis(spec, start, tiles // 2, third, seed + 1000)
+        drafts.append((error, name, points))
+        print(f"{spec.label:20s} from {name:12s} {error:.6f}", flush=True)
+    _, _, points = min(drafts, key=lambda draft: draft[0])
+    points, _ = train_trellis(spec, points, tiles, third, seed + 2000)
+    points, _ = train_trellis(spec, points, 4 * tiles, third, seed + 3000)
+    return points.half().cpu()
+
+
+def trellis_starts(spec: QuantizerSpec, samples: Tensor, seed: int) -> dict[str, Tensor]:
+    """Tables to begin with, by name."""
+    points = torch.randn(spec.codebook_shape, generator=torch.Generator().manual_seed(seed)).to(samples.device)
+    if spec.code in (TrellisCode.HYB, TrellisCode.SCALAR):
+        points[:, 0].abs_()
+    starts = {f"spread {spread:g}": points * spread for spread in (1.0, 1.2, 1.4)}
+    if spec.code is TrellisCode.HYB:
+        folded = samples.clone()
+        folded[..., 0].abs_()
+        starts["k-means"] = k_means(folded, points, 24)
+    return starts
+
+
+def best_scale(spec: QuantizerSpec, samples: Tensor) -> tuple[float, float]:
+    """(factor, error): what the scale of a code without a table should be multiplied by, and its error then."""
+    # to divide the samples is the same
+    tried = [(measure(spec, _NO_TABLE, samples / scale), scale) for scale in (0.76 + 0.02 * i for i in range(22))]
+    error, scale = min(tried)
+    return scale, error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tiles", type=int, default=8192, help="training tiles of 256 weights")
+    parser.add_argument("--tiles", type=int, default=16384, help="training tiles of 256 weights")
     parser.add_argument("--test-tiles", type=int, default=65536, help="tiles the errors are measured on")
-    parser.add_argument("--iterations", type=int, default=24)
+    parser.add_argument("--iterations", type=int, default=36)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", type=Family, nargs="+", default=list(Family))
+    parser.add_argument("--quantizers", default="*", help="globs on labels")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[12, 16], help="trellis lengths to measure")
+    parser.add_argument(
+        "--lookup-tables", action="store_true", help="also train tables of all states (lut.safetensors)"
+    )
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    tables_file, errors_file = arguments.out / "codebooks.safetensors", arguments.out / "gaussian_errors.csv"
-    samples = gaussian_pairs(arguments.tiles, arguments.seed, arguments.device)
+    output = _Output(arguments.out)
     fresh = gaussian_pairs(arguments.test_tiles, arguments.seed + 1, arguments.device)
-    tables: dict[str, Tensor] = load_file(tables_file) if tables_file.exists() else {}
-    errors: dict[QuantizerSpec, tuple[float, int]] = {}
-    if errors_file.exists():
-        with errors_file.open(newline="") as file:
-            for row in csv.DictReader(file):
-                spec = QuantizerSpec(Family(row["family"]), float(row["bits"]), int(row["state_bits"]))
-                errors[spec] = float(row["gaussian_error"]), int(row["samples"])
-    for spec in default_palette():
-        if spec.family not in arguments.families:
-            continue
+    specs = list(every_quantizer())
+    if arguments.lookup_tables:
+        specs += [QuantizerSpec(Family.TCQ, 1.5 + i / 2, 16, code=TrellisCode.LUT) for i in range(8)]
+    chosen = match_labels([spec.label for spec in specs], arguments.quantizers)
+    for spec in (s for s in specs if s.label in chosen and s.family in arguments.families):
         begun = time.perf_counter()
-        table = train(spec, samples, arguments.iterations, arguments.seed)
-        if table.numel():
-            tables[codebook_key(spec)] = table
-        for length in [12, 16] if spec.has_trellis else [0]:
-            variant = QuantizerSpec(spec.family, spec.bits, length)
-            error = measure(variant, table.to(arguments.device), fresh)
-            errors[variant] = error, fresh.numel()
+        if spec.pair_steps == 2 and not spec.table_bytes:
+            scale, error = best_scale(spec, fresh[: 1 + len(fresh) // 16])
+            print(f"{spec.label:20s} {scale:.2f} x scale: {error:.6f}", flush=True)
+        key = codebook_key(spec)
+        if key not in output.fresh:
+            output.keep(key, train(spec, arguments.device, arguments.tiles, arguments.iterations, arguments.seed))
+        lookup = spec.code is TrellisCode.LUT
+        for length in arguments.lengths if spec.has_trellis and not lookup else [spec.state_bits]:
+            variant = QuantizerSpec(spec.family, spec.bits, length, spec.table_bits, spec.code)
+            error = measure(variant, output.fresh[key].to(arguments.device), fresh)
+            output.errors[variant] = error, fresh.numel()
             print(f"{variant.label:20s} {error:.6f}  {time.perf_counter() - begun:6.1f} s", flush=True)
-        save_file(tables, tables_file)
-        with errors_file.open("w", newline="") as file:
+        output.save()
+
+
+class _Output:
+    """The files in the output folder, with what they held before."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tables_file, self._errors_file = folder / "codebooks.safetensors", folder / "gaussian_errors.csv"
+        self._lookup_file = folder / "lut.safetensors"
+        self.fresh: dict[str, Tensor] = {}
+        self._tables: dict[str, Tensor] = load_file(self._tables_file) if self._tables_file.exists() else {}
+        self.errors: dict[QuantizerSpec, tuple[float, int]] = {}
+        if self._errors_file.exists():
+            with self._errors_file.open(newline="") as file:
+                for row in csv.DictReader(file):
+                    self.errors[row_spec(row)] = float(row["gaussian_error"]), int(row["samples"])
+
+    def keep(self, key: str, table: Tensor) -> None:
+        self.fresh[key] = table
+
+    def save(self) -> None:
+        made = {key: table for key, table in self.fresh.items() if table.numel()}
+        lookup = {key: table for key, table in made.items() if f".{TrellisCode.LUT}." in key}
+        shipped = {key: table for key, table in sorted((self._tables | made).items()) if key not in lookup}
+        save_file(shipped, self._tables_file)
+        if lookup:
+            save_file(lookup, self._lookup_file)
+        with self._errors_file.open("w", newline="") as file:
             rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(["family", "bits", "state_bits", "gaussian_error", "samples"])
+            rows.writerow(["family", "bits", "state_bits", "table_bits", "code", "gaussian_error", "samples"])
             order = list(Family)
-            for known, (error, count) in sorted(
-                errors.items(), key=lambda item: (order.index(item[0].family), item[0])
-            ):
-                rows.writerow([known.family, f"{known.bits:g}", known.state_bits, f"{error:.6g}", count])
+            for spec, (error, count) in sorted(self.errors.items(), key=lambda e: (order.index(e[0].family), e[0])):
+                fields = (spec.family, f"{spec.bits:g}", spec.state_bits, spec.table_bits, spec.code)
+                rows.writerow([*fields, f"{error:.6g}", count])
 
 
 if __name__ == "__main__":

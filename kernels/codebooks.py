@@ -8,20 +8,24 @@ every quantizer on N(0,1), measured by the same script.
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from .errors import QuantizerError
-from .specs import Family, QuantizerSpec
+from .specs import Family, QuantizerSpec, TrellisCode
 
 _DATA = Path(__file__).parent / "data"
 
 
 def codebook_key(spec: QuantizerSpec) -> str:
-    """The name of a quantizer's table in the data file; trellis lengths share one."""
-    return f"{spec.family}.{spec.bits:g}"
+    """The name of a quantizer's table in the data file; trellis lengths share one, and so do the same two rates."""
+    if not spec.has_trellis:
+        return f"{spec.family}.{spec.bits:g}"
+    code = "" if spec.code is TrellisCode.HYB else f".{spec.code}"
+    return f"{spec.family}.{sum(spec.rates) / len(spec.rates):g}{code}.{spec.table_bits}"
 
 
 @cache
@@ -32,12 +36,12 @@ def _tables() -> dict[str, Tensor]:
 
 
 def codebook(spec: QuantizerSpec) -> Tensor:
-    """The fp16 table of a quantizer, ``spec.codebook_shape``; empty for `int`. The caller's own copy.
+    """The fp16 table of a quantizer, ``spec.codebook_shape``; empty where it has none. The caller's own copy.
 
     Raises:
         QuantizerError: the data file lacks it or holds another shape.
     """
-    if spec.family is Family.INT:
+    if not spec.table_bytes:
         return Tensor().half()
     table = _tables().get(codebook_key(spec))
     if table is None or tuple(table.shape) != spec.codebook_shape:
@@ -49,14 +53,17 @@ def codebook(spec: QuantizerSpec) -> Tensor:
 
 
 @cache
-def _measured_errors() -> dict[tuple[Family, float, int], float]:
+def _measured_errors() -> dict[QuantizerSpec, float]:
     with (_DATA / "gaussian_errors.csv").open(newline="") as file:
-        return {
-            (Family(row["family"]), float(row["bits"]), int(row["state_bits"])): float(row["gaussian_error"])
-            for row in csv.DictReader(file)
-        }
+        return {row_spec(row): float(row["gaussian_error"]) for row in csv.DictReader(file)}
+
+
+def row_spec(row: Mapping[str, str]) -> QuantizerSpec:
+    """The quantizer of a row of ``gaussian_errors.csv``."""
+    numbers = float(row["bits"]), int(row["state_bits"]), int(row["table_bits"])
+    return QuantizerSpec(Family(row["family"]), *numbers, TrellisCode(row["code"]))
 
 
 def gaussian_error(spec: QuantizerSpec) -> float | None:
     """Normalised error of a quantizer on N(0,1) as measured for the shipped tables; None where it was not measured."""
-    return _measured_errors().get((spec.family, spec.bits, spec.state_bits))
+    return _measured_errors().get(spec)

@@ -56,7 +56,7 @@ class Hessian:
         self.matrix = (matrix.double() / mean).float()
         self.rotation_seed = rotation_seed
         self.damping = damping
-        self._factor: tuple[int, Tensor] | None = None
+        self._factor: tuple[tuple[int, bool], Tensor] | None = None
 
     @property
     def size(self) -> int:
@@ -70,11 +70,12 @@ class Hessian:
         half = unrotate(self.matrix, self.rotation_seed)
         return Hessian(unrotate(half.T, self.rotation_seed), None, damping=self.damping)
 
-    def factor(self, block: int) -> Tensor:
+    def factor(self, block: int, *, ascending: bool = False) -> Tensor:
         """L of the damped ``H = L D L^T``, unit lower triangular in blocks (QuIP#, section 4.1).
 
         Args:
             block: columns of a block, a divisor of 16.
+            ascending: unit upper triangular instead: errors are fed back to later columns.
 
         Returns:
             ``(padded, padded)`` float32; `size` padded to whole tiles, with columns that nothing depends on.
@@ -82,16 +83,19 @@ class Hessian:
         Raises:
             QuantizerError: the damped matrix is not positive definite.
         """
-        if self._factor is None or self._factor[0] != block:  # families come one after the other: one is enough
-            self._factor = (block, self._factored(block))
+        key = (block, ascending)
+        if self._factor is None or self._factor[0] != key:  # families come one after the other: one is enough
+            self._factor = (key, self._factored(block, ascending))
         return self._factor[1]
 
-    def _factored(self, block: int) -> Tensor:
+    def _factored(self, block: int, ascending: bool) -> Tensor:
         damped = self.matrix.double()
         damped.diagonal().add_(self.damping)
         padding = -self.size % TILE
         damped = F.pad(damped / (1 + self.damping), (0, padding, 0, padding))
         damped.diagonal()[self.size :] = 1.0
+        if ascending:
+            damped = _blocks_reversed(damped, block)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if int(failed):
             raise QuantizerError(
@@ -102,17 +106,23 @@ class Hessian:
         corners = torch.stack([columns[i, i * block : (i + 1) * block] for i in range(len(columns))])
         unit = torch.linalg.solve_triangular(corners, columns, upper=False, left=False)
         factor: Tensor = unit.transpose(0, 1).flatten(1).float()
-        return factor
+        return _blocks_reversed(factor, block) if ascending else factor
 
-    def feedback_power(self, block: int) -> float:
+    def feedback_power(self, block: int, *, ascending: bool = False) -> float:
         """What feedback adds to the mean square of a row's targets, per mean square of its errors; 0 for an identity.
 
         Args:
-            block: as of `factor`.
+            block, ascending: as of `factor`.
         """
-        factor = self.factor(block)
+        factor = self.factor(block, ascending=ascending)
         return (float(factor.double().square().sum()) - len(factor)) / self.size
 
     def weigh(self, errors: Tensor) -> float:
         """``tr(E H E^T)`` of errors in the same basis, ``(rows, size)``, undamped; float64 sums."""
         return float(((errors.float() @ self.matrix.to(errors.device)) * errors).sum(dtype=torch.float64))
+
+
+def _blocks_reversed(matrix: Tensor, block: int) -> Tensor:
+    """A square matrix with its blocks in the opposite order, rows and columns; inside, blocks stay as they are."""
+    order = torch.arange(len(matrix), device=matrix.device).view(-1, block).flip(0).flatten()
+    return matrix[order][:, order]

@@ -8,6 +8,10 @@ LDLQ of QuIP (arXiv 2307.13304, section 3) in the block form of QuIP# (arXiv 240
 
 so going from the last block to the first, each block encodes its weights plus that feedback of the errors behind it.
 A tile column (16 input columns) is encoded at a time; families whose codes stand alone get feedback inside it too.
+
+D falls along the way that errors are fed back: what is encoded last has nothing left to make up for its error, so its
+error counts most. A quantizer of two rates therefore goes the other way, from the first columns, which have its low
+rate, to the last, which have the high one.
 """
 
 from __future__ import annotations
@@ -39,20 +43,28 @@ def encode_with_feedback(
         For each segment ``(row_tiles, tiles, 128)`` int32.
     """
     rows, columns = unit.shape
-    factor = hessian.factor(coders[0].block).to(unit.device)
+    ascending = goes_up(coders)
+    factor = hessian.factor(coders[0].block, ascending=ascending).to(unit.device)
     weight = F.pad(unit, (0, -columns % TILE, 0, -rows % TILE))
     errors = torch.zeros_like(weight)
     coders_of = [coder for coder, tiles in zip(coders, segment_tiles, strict=True) for _ in range(tiles)]
     codes: list[Tensor] = []
-    for tile in reversed(range(len(coders_of))):
-        here, behind = slice(tile * TILE, (tile + 1) * TILE), slice((tile + 1) * TILE, None)
-        target = weight[:, here] + errors[:, behind] @ factor[behind, here]
+    order = range(len(coders_of)) if ascending else reversed(range(len(coders_of)))
+    for tile in order:
+        here = slice(tile * TILE, (tile + 1) * TILE)
+        done = slice(0, here.start) if ascending else slice(here.stop, None)
+        target = weight[:, here] + errors[:, done] @ factor[done, here]
         _feed_back_inside(target, weight[:, here], coders_of[tile], codebook, factor[here, here])
         found = coders_of[tile].encode(to_pairs(target).flatten(0, 1), codebook)
         decoded = from_pairs(coders_of[tile].decode(found, codebook).unsqueeze(1), len(weight), TILE)
         errors[:, here] = weight[:, here] - decoded
         codes.append(found)
-    return list(torch.stack(codes[::-1], dim=1).split(list(segment_tiles), dim=1))
+    return list(torch.stack(codes if ascending else codes[::-1], dim=1).split(list(segment_tiles), dim=1))
+
+
+def goes_up(coders: Sequence[PairCoder]) -> bool:
+    """Whether errors are fed back from the first columns to the last."""
+    return len(coders) > 1
 
 
 def _feed_back_inside(target: Tensor, weight: Tensor, coder: PairCoder, codebook: Tensor, factor: Tensor) -> None:

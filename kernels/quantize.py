@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .codebooks import codebook as shipped_codebook
 from .codebooks import gaussian_error
 from .errors import QuantizerError
 from .hessian import Hessian
-from .ldlq import encode_with_feedback
+from .ldlq import encode_with_feedback, goes_up
 from .packing import from_pairs, pack, to_pairs, unpack
 from .quantizers.base import PairCoder
 from .quantizers.scalar import ScalarCoder
@@ -41,7 +41,7 @@ class QuantizedWeight:
         rotation_seed: seed of the input rotation; None where the weight is not rotated.
         packed: one uint8 tensor ``(row_tiles, column_tiles, 16 * width)`` per segment of `spec.rates`.
         scales: ``(out_features,)`` fp16.
-        codebook: ``spec.codebook_shape`` fp16, empty for `int`.
+        codebook: ``spec.codebook_shape`` fp16, empty where the quantizer has none.
     """
 
     spec: QuantizerSpec
@@ -58,6 +58,11 @@ class QuantizedWeight:
         yield "scales", self.scales
         if self.codebook.numel():
             yield "codebook", self.codebook
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device."""
+        packed = tuple(part.to(device) for part in self.packed)
+        return replace(self, packed=packed, scales=self.scales.to(device), codebook=self.codebook.to(device))
 
     @property
     def size_bytes(self) -> int:
@@ -120,7 +125,7 @@ def from_tensors(
 def coders(spec: QuantizerSpec) -> list[PairCoder]:
     """One coder per segment."""
     if spec.has_trellis:
-        return [TrellisCoder(int(2 * rate), spec.state_bits) for rate in spec.rates]
+        return [TrellisCoder(spec, rate) for rate in spec.rates]
     if spec.family is Family.VQ:
         return [VectorCoder(int(2 * spec.bits))]
     return [ScalarCoder(int(spec.bits), uniform=spec.family is Family.INT)]
@@ -203,7 +208,8 @@ def _target_rms(spec: QuantizerSpec, hessian: Hessian | None) -> float:
         return 1.0
     error = gaussian_error(spec)
     error = 2 ** (-2 * spec.bits) if error is None else error
-    return math.sqrt(1 + min(1.0, error * hessian.feedback_power(coders(spec)[0].block)))
+    parts = coders(spec)
+    return math.sqrt(1 + min(1.0, error * hessian.feedback_power(parts[0].block, ascending=goes_up(parts))))
 
 
 def _check_basis(hessian: Hessian, spec: QuantizerSpec, in_features: int, rotation_seed: int) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from .errors import QuantizerError
@@ -36,14 +36,56 @@ class Family(StrEnum):
     HALF_TCQ = "half_tcq"  # trellis-coded, two rates half a bit apart, split along the input dimension
 
 
-_HALF_STEPS = dict.fromkeys((Family.VQ, Family.TCQ, Family.HALF_TCQ), 0.5)
-_RANGES: dict[Family, tuple[float, float]] = {
-    Family.INT: (2, 8),
-    Family.NUQ: (2, 8),
-    Family.VQ: (1.5, 6),
-    Family.TCQ: (1.5, 5),
-    Family.HALF_TCQ: (1.75, 4.75),
+class TrellisCode(StrEnum):
+    """What a trellis state stands for; all but `HYB` run as reference only."""
+
+    HYB = "hyb"  # a pair from a hashed table, one sign from the hash
+    ONE_MAD = "1mad"  # a weight: the sum of the bytes of a hash
+    THREE_INST = "3inst"  # a weight: the sum of two fp16 numbers made of a hash
+    SCALAR = "scalar"  # a weight from a hashed table, its sign from the hash
+    LUT = "lut"  # a pair from a table of all states
+
+
+_CALCULATED = (TrellisCode.ONE_MAD, TrellisCode.THREE_INST)
+_HASHED = (TrellisCode.HYB, TrellisCode.SCALAR)
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Rates of a family, in bits per weight."""
+
+    low: float
+    high: float
+    step: float = 1.0
+    but: float = 0.0  # no multiples of it
+
+    def __contains__(self, bits: float) -> bool:
+        between = self.low <= bits <= self.high and not (bits - self.low) % self.step
+        return between and not (self.but and not bits % self.but)
+
+    def __str__(self) -> str:
+        excepted = f" but no multiples of {self.but:g}" if self.but else ""
+        return f"{self.low:g} to {self.high:g} bits in steps of {self.step:g}{excepted}"
+
+
+_RATES: dict[Family, _Rates] = {
+    Family.INT: _Rates(2, 8),
+    Family.NUQ: _Rates(2, 8),
+    Family.VQ: _Rates(1.5, 6, 0.5),
+    Family.TCQ: _Rates(1.5, 5, 0.5),
+    Family.HALF_TCQ: _Rates(1.625, 4.875, 0.125, but=0.5),
 }
+_PALETTE_STEPS: dict[Family, _Rates] = _RATES | {Family.HALF_TCQ: _Rates(1.75, 4.75, 0.5)}
+_ONE_MAD_RATES = _Rates(2, 5)
+_TABLE_BITS = {7: 10, 8: 11, 9: 11, 10: 12}
+"""Bits of the default table's index for trellis steps of so many bits; 9 below."""
+_SCALAR_TABLE_BITS = 9
+_LARGEST_TABLE_BITS = 15
+"""The hash has 15 bits beside the sign."""
+SHIPPED_TABLE_BITS = {3.5: (9, 11), 4.0: (9, 10, 12), 4.5: (10, 12), 5.0: (11, 13)}
+"""Sizes of `tcq` tables on offer beside the default, by bits per weight."""
+DEFAULT_TABLE = -1
+"""As `table_bits`: the default of the rate."""
 
 
 @dataclass(frozen=True, order=True)
@@ -54,29 +96,59 @@ class QuantizerSpec:
         family: how codes become weights.
         bits: bits per weight of the codes alone (scales and codebook come on top).
         state_bits: trellis state length L; 0 for families without a trellis.
+        table_bits: the trellis table has ``2**table_bits`` points; 0 where there is none.
+        code: what a trellis state stands for.
 
     Raises:
-        QuantizerError: the family has no such rate, or the trellis length does not fit it.
+        QuantizerError: the family has no such rate, or trellis length, table or code does not fit it.
     """
 
     family: Family
     bits: float
     state_bits: int = 0
+    table_bits: int = DEFAULT_TABLE
+    code: TrellisCode = TrellisCode.HYB
 
     def __post_init__(self) -> None:
         family = Family(self.family)
-        low, high = _RANGES[family]
-        step = _HALF_STEPS.get(family, 1.0)
-        if not low <= self.bits <= high or (self.bits - low) % step:
-            raise QuantizerError(f"{family} comes in {low:g} to {high:g} bits in steps of {step:g}; got {self.bits:g}.")
+        if self.bits not in _RATES[family]:
+            raise QuantizerError(f"{family} comes in {_RATES[family]}; got {self.bits:g}.")
         if self.has_trellis:
             if not 2 * self.rates[-1] < self.state_bits <= 16:
                 raise QuantizerError(
                     f"a {family} trellis at {self.bits:g} bits needs a state of {int(2 * self.rates[-1]) + 1} to 16 "
                     f"bits; got {self.state_bits}."
                 )
-        elif self.state_bits:
-            raise QuantizerError(f"{family} has no trellis; state_bits must be 0, got {self.state_bits}.")
+        elif self.state_bits or self.code is not TrellisCode.HYB:
+            raise QuantizerError(
+                f"{family} has no trellis; state_bits must be 0 and code hyb, got {self.state_bits} and {self.code}."
+            )
+        if self.table_bits == DEFAULT_TABLE:
+            object.__setattr__(self, "table_bits", self._default_table_bits)
+        self._check_code(family)
+
+    def _check_code(self, family: Family) -> None:
+        if self.code is not TrellisCode.HYB and family is not Family.TCQ:
+            raise QuantizerError(f"the code {self.code} belongs to the family tcq; got {family}.")
+        if self.pair_steps == 2 and self.bits not in _ONE_MAD_RATES:
+            raise QuantizerError(f"the code {self.code} comes in {_ONE_MAD_RATES}; got {self.bits:g}.")
+        default = self._default_table_bits
+        hashed = self.has_trellis and self.code in _HASHED
+        if not (1 <= self.table_bits <= _LARGEST_TABLE_BITS if hashed else self.table_bits == default):
+            expected = f"1 to {_LARGEST_TABLE_BITS}" if hashed else default
+            raise QuantizerError(
+                f"{family} with the code {self.code} takes table_bits {expected}; got {self.table_bits}."
+            )
+
+    @property
+    def _default_table_bits(self) -> int:
+        if not self.has_trellis or self.code in _CALCULATED:
+            return 0
+        if self.code is TrellisCode.SCALAR:
+            return _SCALAR_TABLE_BITS
+        if self.code is TrellisCode.LUT:
+            return self.state_bits
+        return _TABLE_BITS.get(int(2 * self.rates[-1]), 9)
 
     @property
     def has_trellis(self) -> bool:
@@ -86,29 +158,43 @@ class QuantizerSpec:
     def rates(self) -> tuple[float, ...]:
         """Bits per weight of each column segment, low first (one segment except for `half_tcq`)."""
         if self.family is Family.HALF_TCQ:
-            return (self.bits - 0.25, self.bits + 0.25)
+            low = self.bits // 0.5 / 2
+            return (low, low + 0.5)
         return (self.bits,)
 
     @property
+    def high_share(self) -> float:
+        """Share of the columns that `half_tcq` stores at its high rate: 1/4, 1/2 or 3/4; 0 for other families."""
+        return 2 * (self.bits - self.rates[0])
+
+    @property
+    def pair_steps(self) -> int:
+        """Trellis steps for each pair of weights."""
+        return 2 if self.code in (*_CALCULATED, TrellisCode.SCALAR) else 1
+
+    @property
     def label(self) -> str:
-        """The name people use: ``tcq-3.5``; a trellis shorter than the default says so: ``tcq-3.5-L12``."""
-        suffix = f"-L{self.state_bits}" if self.has_trellis and self.state_bits != DEFAULT_STATE_BITS else ""
+        """The name people use: ``tcq-3.5``; what differs from the default says so: ``tcq-3.5-L12``, ``tcq-4-T9``."""
+        suffix = "" if self.code is TrellisCode.HYB else f"-{self.code}"
+        if self.has_trellis and self.state_bits != DEFAULT_STATE_BITS:
+            suffix += f"-L{self.state_bits}"
+        if self.table_bits != self._default_table_bits:
+            suffix += f"-T{self.table_bits}"
         return f"{self.family.replace('_', '-')}-{self.bits:g}{suffix}"
 
     @property
     def codebook_shape(self) -> tuple[int, int]:
-        """(entries, dimension) of the fp16 codebook; `int` has none.
+        """(entries, dimension) of the fp16 codebook; `int` and the codes that calculate have none.
 
-        The trellis codes keep 2^9 points up to 4 bits, 2^10 at 4.5 and 2^11 at 5 bits (the sizes of
-        Q-Palette's tables); a sign bit doubles them.
+        A sign bit doubles the points of the hashed codes.
         """
-        if self.family is Family.INT:
+        if self.family is Family.INT or self.code in _CALCULATED:
             return (0, 1)
         if self.family is Family.NUQ:
             return (1 << int(self.bits), 1)
         if self.family is Family.VQ:
             return (1 << int(2 * self.bits), 2)
-        return (1 << (9 + max(0, int(2 * self.rates[-1]) - 8)), 2)
+        return (1 << self.table_bits, 2 // self.pair_steps)
 
     @property
     def table_bytes(self) -> int:
@@ -117,10 +203,11 @@ class QuantizerSpec:
         return 2 * entries * dimension
 
     def segment_tiles(self, in_features: int) -> tuple[int, ...]:
-        """Tile columns of each segment of `rates`: the low rate takes the odd one."""
+        """Tile columns of each segment of `rates`: `high_share` of them at the high rate, rounded down."""
         tiles = -(-in_features // TILE)
         if self.family is Family.HALF_TCQ:
-            return (tiles - tiles // 2, tiles // 2)
+            high = int(tiles * self.high_share)
+            return (tiles - high, high)
         return (tiles,)
 
     def size_bytes(self, out_features: int, in_features: int) -> int:
@@ -133,14 +220,42 @@ class QuantizerSpec:
         return codes + SCALE_BYTES * out_features + self.table_bytes
 
 
+def table_bits_of(table_bytes: int, code: TrellisCode = TrellisCode.HYB) -> int:
+    """`QuantizerSpec.table_bits` of a trellis table of so many bytes.
+
+    Raises:
+        QuantizerError: no table has that size.
+    """
+    point_bytes = 2 if code is TrellisCode.SCALAR else 4
+    points = table_bytes // point_bytes
+    if table_bytes % point_bytes or points & points - 1:
+        raise QuantizerError(
+            f"a trellis table takes {point_bytes} bytes for each of 2^q points; got {table_bytes} bytes."
+        )
+    return max(0, points.bit_length() - 1)
+
+
+def _family_palette(family: Family, rates: _Rates, state_bits: int) -> list[QuantizerSpec]:
+    trellis = state_bits if family in (Family.TCQ, Family.HALF_TCQ) else 0
+    steps = (rates.low + i * rates.step for i in range(int((rates.high - rates.low) / rates.step) + 1))
+    return [QuantizerSpec(family, bits, trellis) for bits in steps if bits in rates]
+
+
 def default_palette(state_bits: int = DEFAULT_STATE_BITS) -> tuple[QuantizerSpec, ...]:
-    """Every quantizer on offer, families in the order of `Family`, rates ascending."""
-    specs = []
-    for family in Family:
-        low, high = _RANGES[family]
-        step = _HALF_STEPS.get(family, 1.0)
-        trellis = state_bits if family in (Family.TCQ, Family.HALF_TCQ) else 0
-        specs += [QuantizerSpec(family, low + i * step, trellis) for i in range(int((high - low) / step) + 1)]
+    """The quantizers a profile measures unless told otherwise, families in the order of `Family`, rates ascending."""
+    return tuple(s for family, rates in _PALETTE_STEPS.items() for s in _family_palette(family, rates, state_bits))
+
+
+def every_quantizer(state_bits: int = DEFAULT_STATE_BITS) -> tuple[QuantizerSpec, ...]:
+    """All that ship: the default palette, all rates of `half_tcq`, the other trellis codes and table sizes."""
+    specs = [s for family, rates in _RATES.items() for s in _family_palette(family, rates, state_bits)]
+    for base in _family_palette(Family.TCQ, _RATES[Family.TCQ], state_bits):
+        specs += [
+            replace(base, table_bits=bits) for bits in SHIPPED_TABLE_BITS.get(base.bits, ()) if bits != base.table_bits
+        ]
+        if base.bits in _ONE_MAD_RATES:
+            codes = (*_CALCULATED, TrellisCode.SCALAR)
+            specs += [replace(base, table_bits=DEFAULT_TABLE, code=code) for code in codes]
     return tuple(specs)
 
 

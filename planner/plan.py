@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..kernels.errors import QuantizerError
-from ..kernels.specs import Family, QuantizerSpec
+from ..kernels.specs import DEFAULT_TABLE, Family, QuantizerSpec, TrellisCode
 from ..profiles.files import dump_yaml, read_yaml, validation_sentence, write_atomic
 from ..profiles.schema import Digest, ErrorKind, Name, check_schema_version
 from .errors import PlanError
@@ -29,12 +29,19 @@ class _Part(BaseModel):
 
 
 class PlanModel(_Part):
-    """The model that the plan is for; `digest` is that of the measured weights, null where the profile has none."""
+    """The model that the plan is for.
+
+    Attributes:
+        digest: of the measured weights, null where the profile has none.
+        unplanned_bytes: of what the plan leaves as it is (embeddings, norms, biases, an unplanned head), null where the
+            profile doesn't tell; with the promised bytes, the whole model.
+    """
 
     name: Name
     architecture: Name
     blocks: int = Field(ge=1)
     digest: Digest | None = None
+    unplanned_bytes: int | None = Field(default=None, ge=0)
 
 
 class PlanProfile(_Part):
@@ -68,6 +75,8 @@ class PlanQuantizer(_Part):
     family: Family
     bits: float
     state_bits: int = 0
+    table_bits: int = DEFAULT_TABLE
+    code: TrellisCode = TrellisCode.HYB
 
     @model_validator(mode="after")
     def _exists(self) -> PlanQuantizer:
@@ -78,7 +87,7 @@ class PlanQuantizer(_Part):
         return self
 
     def spec(self) -> QuantizerSpec:
-        return QuantizerSpec(self.family, self.bits, self.state_bits)
+        return QuantizerSpec(self.family, self.bits, self.state_bits, self.table_bits, self.code)
 
 
 class PlannedLayer(_Part):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 
-from ..kernels.specs import QuantizerSpec, default_palette, match_labels
+from ..kernels.specs import QuantizerSpec, default_palette, every_quantizer, match_labels
 from .errors import ProfileError
 from .schema import LossMethod
 
@@ -44,17 +45,33 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def parse_palette(globs: str | None, state_bits: int) -> tuple[QuantizerSpec, ...]:
-    """The quantizers that globs on labels select; all without globs.
+    """The quantizers that globs on labels select, of all that ship; the default palette without globs.
 
-    A glob without a trellis length matches every length: ``tcq-3`` selects ``tcq-3-L12`` when L is 12.
+    A glob that matches quantizers of the default palette selects those; one that matches none selects among all that
+    ship (``half-tcq-*.?[27]5``, ``tcq-4-T12``, ``tcq-*-3inst``). A glob without a trellis length matches every length:
+    ``tcq-3`` selects ``tcq-3-L12`` when L is 12.
 
     Raises:
         QuantizerError: a glob selects nothing, or the trellis length doesn't fit.
     """
-    by_label = {spec.label: spec for spec in default_palette(state_bits)}
     if globs is None:
-        return tuple(by_label.values())
-    suffix = f"-L{state_bits}"
-    plain = {label.removesuffix(suffix): spec for label, spec in by_label.items()}
-    chosen = set(match_labels([*plain, *(label for label in by_label if label not in plain)], globs))
-    return tuple(spec for label, spec in by_label.items() if chosen & {label, label.removesuffix(suffix)})
+        return default_palette(state_bits)
+    usual, every = _names(default_palette(state_bits)), _names(every_quantizer(state_bits))
+    chosen: set[QuantizerSpec] = set()
+    for glob in globs.split(","):
+        names = usual if any(fnmatch.fnmatchcase(name, glob.strip()) for name in usual) else every
+        chosen |= {names[name] for name in match_labels(list(names), glob)} if glob.strip() else set()
+    if not chosen:
+        match_labels(list(every), globs)  # says what was expected
+    return tuple(spec for spec in dict.fromkeys(every.values()) if spec in chosen)
+
+
+def _names(specs: tuple[QuantizerSpec, ...]) -> dict[str, QuantizerSpec]:
+    """The specs by what users may call them: without the trellis length, and with it."""
+    plain = {_without_length(spec): spec for spec in specs}
+    return plain | {spec.label: spec for spec in specs}
+
+
+def _without_length(spec: QuantizerSpec) -> str:
+    """The label without the trellis length."""
+    return spec.label.replace(f"-L{spec.state_bits}", "")

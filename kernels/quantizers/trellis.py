@@ -1,49 +1,77 @@
-"""`tcq`: trellis-coded quantization with the hybrid (HYB) code of QTIP (arXiv 2406.11235, section 3.2).
-
-A state of L bits is hashed, ``h = s * (s + 1)``; bits 15 - q .. 14 of h index a table of ``2**q`` points of the plane,
-and bit 15 flips the sign of the point's first coordinate. The table fits a GPU's shared memory, yet the
-``2**L`` states see close to ``2**(q+1)`` points in random order, which is what the trellis needs.
-"""
+"""`tcq`: trellis-coded quantization. `viterbi` says what a trellis is, `codes` what its states stand for."""
 
 from __future__ import annotations
+
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..packing import sliding_states
-from ..specs import TILE
+from ..specs import TILE, QuantizerSpec, TrellisCode
 from .base import PairCoder
+from .codes import state_points
 from .viterbi import viterbi_encode
 
-
-def hybrid_indices(state_bits: int, entries: int) -> tuple[Tensor, Tensor]:
-    """For every state: the table index, ``(2**state_bits,)`` int64, and the sign of the first coordinate, +1 or -1."""
-    states = torch.arange(1 << state_bits, dtype=torch.int64)
-    hashed = states * (states + 1)
-    table_bits = entries.bit_length() - 1
-    return hashed >> 15 - table_bits & entries - 1, 1 - 2 * (hashed >> 15 & 1)
-
-
-def state_points(codebook: Tensor, state_bits: int) -> Tensor:
-    """The pair of every state: ``(entries, 2)`` fp16 -> ``(2**state_bits, 2)`` float32."""
-    index, sign = hybrid_indices(state_bits, len(codebook))
-    points = codebook.float()[index.to(codebook.device)]
-    points[:, 0] *= sign.to(codebook.device)
-    return points
+_log = logging.getLogger(__name__)
 
 
 class TrellisCoder(PairCoder):
-    """A pair's code is the new bits of its trellis step; see `viterbi` for the search."""
+    """A pair's code is the new bits of its trellis step, or of its two steps, the first in the low bits."""
 
     block = TILE
 
-    def __init__(self, width: int, state_bits: int) -> None:
-        self.width = width
-        self.state_bits = state_bits
+    def __init__(self, spec: QuantizerSpec, rate: float) -> None:
+        """One of the rates of a quantizer, in bits per weight."""
+        self.width = int(2 * rate)
+        self.state_bits = spec.state_bits
+        self.code = spec.code
+        self.step_width = self.width // spec.pair_steps
+        self._weights_per_step = 2 // spec.pair_steps
+
+    def points(self, codebook: Tensor, device: torch.device) -> Tensor:
+        """What every state stands for: ``(2**state_bits, 2)``, or ``(2**state_bits, 1)`` where a step is one weight."""
+        return state_points(codebook, self.state_bits, self.code, self.width // 2, device)
 
     def encode(self, pairs: Tensor, codebook: Tensor) -> Tensor:
-        return viterbi_encode(pairs, state_points(codebook.to(pairs.device), self.state_bits), self.width)
+        points = self.points(codebook, pairs.device)
+        inputs = self.inputs(pairs)
+        if pairs.is_cuda and kernel_problem(pairs.device) is None:
+            from ..cuda.viterbi import encode
+
+            mirrored = self.code in (TrellisCode.HYB, TrellisCode.SCALAR) and self.state_bits == 16
+            steps = encode(inputs, points, self.step_width, mirrored=mirrored)
+        else:
+            steps = viterbi_encode(inputs, points, self.step_width)
+        return steps if self._weights_per_step == 2 else steps[:, ::2] | steps[:, 1::2] << self.step_width
 
     def decode(self, codes: Tensor, codebook: Tensor) -> Tensor:
-        points = state_points(codebook.to(codes.device), self.state_bits)
-        return points[sliding_states(codes, self.width, self.state_bits)]
+        points = self.points(codebook, codes.device)
+        pairs: Tensor = points[self.states(codes)].unflatten(-2, (-1, self.width // self.step_width)).flatten(-2)
+        return pairs
+
+    def inputs(self, pairs: Tensor) -> Tensor:
+        """What each step takes: ``(tiles, 128, 2)`` -> the same, or ``(tiles, 256, 1)``."""
+        return pairs.reshape(len(pairs), pairs.shape[1] * 2 // self._weights_per_step, self._weights_per_step)
+
+    def states(self, codes: Tensor) -> Tensor:
+        """The trellis states of every step: codes ``(..., 128)`` -> ``(..., 128)`` or ``(..., 256)``."""
+        if self._weights_per_step == 1:
+            codes = torch.stack([codes & (1 << self.step_width) - 1, codes >> self.step_width], dim=-1).flatten(-2)
+        return sliding_states(codes, self.step_width, self.state_bits)
+
+
+@cache
+def kernel_problem(device: torch.device) -> str | None:
+    """Why the search on a CUDA device has to do without its kernel; logged once as a warning. None where it has one."""
+    from ..cuda.compiler import compiler_version
+    from ..cuda.jit import KernelError, device_arch
+
+    try:
+        device_arch(device)
+        compiler_version()
+    except KernelError as cause:
+        _log.warning("trellis codes are searched by PyTorch, several times slower than by the kernel: %s", cause)
+        return str(cause)
+    return None

@@ -87,9 +87,36 @@ def test_a_range_that_leaves_room_for_feedback_gains_at_low_rates(label, monkeyp
     hessian = rotated_hessian(correlated_inputs(2000, 128))
     weight = torch.randn(2048, 128, generator=torch.Generator().manual_seed(8))
     roomy = normalized_error(weight, quantize(weight, SHORT[label], rotation_seed=SEED, hessian=hessian), hessian)
-    monkeypatch.setattr(Hessian, "feedback_power", lambda *_: 0.0)
+    monkeypatch.setattr(Hessian, "feedback_power", lambda *_, **__: 0.0)
     tight = normalized_error(weight, quantize(weight, SHORT[label], rotation_seed=SEED, hessian=hessian), hessian)
     assert roomy < 0.995 * tight
+
+
+@pytest.mark.parametrize("bits", [2.25, 3.375])
+def test_two_rates_are_encoded_from_the_low_one_to_the_high_one(bits, monkeypatch):
+    """What is encoded last has the errors that count most."""
+    hessian = rotated_hessian(correlated_inputs(2000, 128))
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
+    spec = QuantizerSpec(Family.HALF_TCQ, bits, 11)
+    upwards = normalized_error(weight, quantize(weight, spec, rotation_seed=SEED, hessian=hessian), hessian)
+    for module in ("quantize", "ldlq"):
+        monkeypatch.setattr(f"msq.kernels.{module}.goes_up", lambda _: False)
+    downwards = normalized_error(weight, quantize(weight, spec, rotation_seed=SEED, hessian=hessian), hessian)
+    assert upwards < 0.85 * downwards
+
+
+def test_the_ascending_factor_is_upper_triangular_and_gives_the_matrix_back():
+    hessian = rotated_hessian(correlated_inputs(400, 56), damping=0.05)
+    factor = hessian.factor(16, ascending=True).double()
+    blocks = factor.unflatten(1, (-1, 16)).unflatten(0, (-1, 16)).transpose(1, 2)
+    for i in range(4):
+        assert torch.allclose(blocks[i, i], torch.eye(16).double(), atol=1e-6) and not blocks[i, :i].any()
+    padded = torch.eye(64).double()
+    padded[:56, :56] = (hessian.matrix.double() + 0.05 * torch.eye(56).double()) / 1.05
+    inner = torch.linalg.solve(factor, torch.linalg.solve(factor, padded).T)
+    for first in range(0, 64, 16):
+        inner[first : first + 16, first : first + 16] = 0
+    assert inner.abs().max() < 1e-5
 
 
 def test_feedback_power_is_the_variance_that_feedback_adds():

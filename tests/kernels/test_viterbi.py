@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from msq.kernels.quantizers.trellis import hybrid_indices, state_points
+from msq.kernels.quantizers.codes import hybrid_indices, state_points
 from msq.kernels.quantizers.viterbi import _Search, viterbi_encode
 
 STATE_BITS, WIDTH, STEPS = 4, 2, 5
@@ -25,7 +25,8 @@ def brute():
 def test_given_the_overlap_the_search_is_exact(brute):
     points, pairs, _codes, states, cost = brute
     search = _Search(points, WIDTH)
-    inputs = torch.cat([pairs, torch.ones_like(pairs[..., :1])], -1).permute(1, 2, 0).contiguous()
+    norms = pairs.square().sum(-1, keepdim=True)
+    inputs = torch.cat([pairs, torch.ones_like(norms), norms], -1).permute(1, 2, 0).contiguous()
     overlap = torch.arange(300) % search.overlaps
     path = search._trace_back(inputs, search._forward(inputs, overlap), overlap, STEPS).T
     assert torch.equal(path[:, 0] & search.overlaps - 1, overlap) and torch.equal(path[:, -1] >> WIDTH, overlap)

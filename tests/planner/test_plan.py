@@ -35,7 +35,8 @@ def test_round_trip(plan: Plan, path: Path) -> None:
 
 def test_specs(plan: Plan) -> None:
     for label, entry in plan.quantizers.items():
-        assert plan.spec(label) == QuantizerSpec(Family(entry.family), entry.bits, entry.state_bits)
+        fields = (entry.bits, entry.state_bits, entry.table_bits, entry.code)
+        assert plan.spec(label) == QuantizerSpec(Family(entry.family), *fields)
     with pytest.raises(PlanError, match="the plan has no quantizer 'none'"):
         plan.spec("none")
 

@@ -7,7 +7,8 @@ import torch
 from msq.experiments.kernel_checks import random_weight
 from msq.kernels.cuda.layout import from_units, pair_width, plane_bits, prepare, to_units
 from msq.kernels.quantize import coders, decode_unit
-from msq.kernels.quantizers.trellis import TrellisCoder, state_points
+from msq.kernels.quantizers.codes import state_points
+from msq.kernels.quantizers.trellis import TrellisCoder
 from msq.kernels.specs import default_palette
 
 SPECS = {spec.label: spec for spec in default_palette()}

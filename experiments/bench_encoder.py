@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.codebooks import codebook
 from ..kernels.cuda.jit import load
-from ..kernels.cuda.tuning import device_limits
+from ..kernels.cuda.limits import device_limits
 from ..kernels.cuda.viterbi import Division, divide, encode, shared_bytes, source
 from ..kernels.quantize import coders, quantize
 from ..kernels.quantizers.trellis import TrellisCoder

@@ -8,10 +8,13 @@ from functools import cache
 
 import torch
 
-from ..errors import KernelError
 from ..specs import TILE, Family, QuantizerSpec
 from .jit import Source
 from .layout import UNIT_COLUMNS, pair_width
+from .limits import Limits, device_limits
+
+__all__ = ["FORMATS", "Launch", "Limits", "Tuning", "device_limits", "launch_for", "table_macros", "tune"]
+
 
 FORMATS = {torch.float16: 0, torch.bfloat16: 1}
 _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.HALF_TCQ: 3}
@@ -51,19 +54,6 @@ class Tuning:
     replicas: int = 32
     signed: bool = True
     waves: int = 1
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a device offers.
-
-    Attributes:
-        multiprocessors: how many it has.
-        shared_bytes: dynamic shared memory that a block may have.
-    """
-
-    multiprocessors: int
-    shared_bytes: int
 
 
 @dataclass(frozen=True)
@@ -151,19 +141,6 @@ def launch_for(
         row_capacity,
         (tuning.splits - 1) * row_tiles * tokens * TILE,
     )
-
-
-@cache
-def device_limits(index: int) -> Limits:
-    """What CUDA device `index` offers."""
-    from cuda.bindings import driver
-
-    found = torch.cuda.get_device_properties(index)
-    wanted = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    status, shared_bytes = driver.cuDeviceGetAttribute(wanted, index)
-    if int(status) != 0:
-        raise KernelError(f"cuda:{index} doesn't tell its shared memory: {status}.")
-    return Limits(found.multi_processor_count, int(shared_bytes))
 
 
 @cache

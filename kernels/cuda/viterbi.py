@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import KernelError
 from ..quantizers.viterbi import window
 from .jit import Source, load
-from .tuning import Limits, device_limits
+from .limits import Limits, device_limits
 
 _RESIDENT = 2
 """Blocks of a multiprocessor: one searches while the other traces its paths or waits at a barrier."""

@@ -12,7 +12,7 @@ from msq.kernels.quantize import (
     quantize,
     tensor_shapes,
 )
-from msq.kernels.specs import Family, QuantizerSpec, default_palette
+from msq.kernels.specs import SHIPPED_TABLE_BITS, Family, QuantizerSpec, default_palette, every_quantizer
 
 # Normalised error on N(0,1): Q-Palette's published tables (arXiv 2509.20214).
 PUBLISHED = {
@@ -22,6 +22,11 @@ PUBLISHED = {
     "nuq-2": 0.11748, "nuq-3": 0.03451, "nuq-4": 0.00950, "nuq-5": 0.00251, "nuq-6": 0.000649, "nuq-7": 0.0001644,
     "nuq-8": 0.00004148, "vq-1.5": 0.20124, "vq-2": 0.10859, "vq-2.5": 0.05708, "vq-3": 0.02972, "vq-3.5": 0.01523,
     "vq-4": 0.00776, "vq-4.5": 0.00392, "vq-5": 0.001975, "vq-5.5": 0.000992, "vq-6": 0.0004995,
+}  # fmt: skip
+# What msq promises of its trellis tables on 16 M samples at L = 16.
+PROMISED = {
+    "tcq-1.5": 0.1372, "tcq-2": 0.0700, "tcq-2.5": 0.0359, "tcq-3": 0.0186,
+    "tcq-3.5": 0.0096, "tcq-4": 0.0049, "tcq-4.5": 0.0026, "tcq-5": 0.00140,
 }  # fmt: skip
 BY_LABEL = {spec.label: spec for spec in default_palette()}
 SHORT = {spec.label: spec for spec in default_palette(12)}
@@ -73,6 +78,25 @@ def test_distortion_is_within_a_percent_of_the_published_or_better(label):
     assert error > 0.985 * PUBLISHED[label] or "tcq" in label  # nuq and vq are at their optimum already
 
 
+@pytest.mark.parametrize("label", PROMISED)
+def test_trellis_tables_are_as_good_as_promised(label):
+    error = gaussian_error(BY_LABEL[label])
+    assert error is not None
+    assert 2 ** (-2 * BY_LABEL[label].bits) < error <= PROMISED[label]
+
+
+def test_rates_between_two_halves_lie_between_their_errors_and_larger_tables_below():
+    usual = [s for s in every_quantizer() if s.has_trellis and s == QuantizerSpec(s.family, s.bits, s.state_bits)]
+    errors = {spec.bits: gaussian_error(spec) for spec in usual}
+    assert len(errors) == 29 and None not in errors.values()
+    ascending = [errors[bits] for bits in sorted(errors)]
+    assert ascending == sorted(ascending, reverse=True)
+    for bits, sizes in SHIPPED_TABLE_BITS.items():
+        specs = {QuantizerSpec(Family.TCQ, bits, 16, q) for q in sizes} | {QuantizerSpec(Family.TCQ, bits, 16)}
+        by_size = [gaussian_error(spec) for spec in sorted(specs)]
+        assert by_size == sorted(by_size, reverse=True)
+
+
 @pytest.mark.parametrize("label", ["tcq-2", "tcq-3", "tcq-4", "half-tcq-2.75"])
 def test_recorded_errors_are_what_the_shipped_tables_give(label):
     """L = 16 on a small sample; the recorded value came from 16 M samples."""
@@ -89,11 +113,14 @@ def test_recorded_errors_of_codebooks_on_a_larger_sample(label):
     assert error == pytest.approx(gaussian_error(BY_LABEL[label]), rel=0.02)
 
 
-def test_every_codebook_ships_with_the_stated_shape():
-    for entry in default_palette():
-        if entry.family is not Family.INT:
+@pytest.mark.parametrize("length", [12, 16])
+def test_every_codebook_ships_with_the_stated_shape_and_its_error(length):
+    for entry in every_quantizer(length):
+        if entry.table_bytes:
             assert tuple(codebook(entry).shape) == entry.codebook_shape
             assert codebook(entry).dtype == torch.float16
+        if entry.family not in (Family.INT, Family.NUQ, Family.VQ):
+            assert gaussian_error(entry) is not None
 
 
 def test_zero_rows_stay_zero(spec):

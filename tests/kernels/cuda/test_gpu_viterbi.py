@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.experiments.bench_encoder import check
-from msq.kernels.codebooks import codebook
+from msq.experiments.train_codebooks import gaussian_pairs, measure
+from msq.kernels.codebooks import codebook, gaussian_error
 from msq.kernels.cuda.viterbi import encode
 from msq.kernels.quantize import quantize
 from msq.kernels.quantizers.codes import state_points
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, default_palette
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -31,6 +32,12 @@ def test_any_number_of_tiles_and_no_more(tiles):
     found = encode(pairs[:tiles].clone(), points, 6, mirrored=True)
     assert torch.equal(found, every[:tiles])
     assert torch.equal(encode(pairs[:tiles], points, 6), found)  # without the symmetry
+
+
+@pytest.mark.parametrize("spec", [s for s in default_palette() if s.has_trellis], ids=lambda spec: spec.label)
+def test_recorded_errors_are_what_the_shipped_tables_give(spec):
+    error = measure(spec, codebook(spec).to(DEVICE), gaussian_pairs(16384, 5, "cuda"))
+    assert error == pytest.approx(gaussian_error(spec), rel=5e-3)
 
 
 def test_a_layer_is_the_same_again():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from msq.kernels.cuda import viterbi
 from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
-from msq.kernels.cuda.tuning import Limits
+from msq.kernels.cuda.limits import Limits
 from msq.kernels.cuda.viterbi import Division, divide, shared_bytes, source
 from msq.kernels.packing import sliding_states
 from msq.kernels.quantizers.codes import state_points

@@ -1,0 +1,36 @@
+"""What a CUDA device offers a kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..errors import KernelError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a device offers.
+
+    Attributes:
+        multiprocessors: how many it has.
+        shared_bytes: dynamic shared memory that a block may have.
+    """
+
+    multiprocessors: int
+    shared_bytes: int
+
+
+@cache
+def device_limits(index: int) -> Limits:
+    """What CUDA device `index` offers."""
+    from cuda.bindings import driver
+
+    found = torch.cuda.get_device_properties(index)
+    wanted = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    status, shared_bytes = driver.cuDeviceGetAttribute(wanted, index)
+    if int(status) != 0:
+        raise KernelError(f"cuda:{index} doesn't tell its shared memory: {status}.")
+    return Limits(found.multi_processor_count, int(shared_bytes))

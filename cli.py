@@ -1,4 +1,4 @@
-"""The command line: `msq profile | plan | frontier | compare | apply | evaluate | generate | doctor | demo`.
+"""The command line, `msq COMMAND`: profile, plan, apply and what belongs to them; `msq --help` lists all.
 
 Each command only reads its arguments, calls one function of the package, and prints. Heavy imports are inside the
 commands, so that `msq plan` starts without torch. Exit codes: 0 success, 2 bad usage or input, 3 a budget that can't be
@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_planning, cli_profiles
+from . import __version__, cli_checks, cli_planning, cli_profiles, cli_running
 from .cli_options import Device, EngineName, Json, Quantizers, Seed, Tokens, Window, Workers, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
@@ -111,6 +111,7 @@ def profile(
     """Measure what every quantizer costs every layer: loss, bytes, microseconds."""
     from .cli_profiles import finish_profile, measure_latencies
     from .kernels.rotation import rotation_note
+    from .planner.executor.overhead import ExecutorOverhead
     from .profiles.engines import Engine
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
@@ -134,9 +135,12 @@ def profile(
         head=head,
         **({} if context is None else {"context": context}),
     )
-    who = Engine(engine, workers)
+    who, overhead = Engine(engine, workers), ExecutorOverhead()
     done = finish_profile(
-        lambda: run_profile(resolve_model(model), out, settings, name=model, restart=restart, engine=who), out
+        lambda: run_profile(
+            resolve_model(model), out, settings, name=model, overhead=overhead, restart=restart, engine=who
+        ),
+        out,
     )
     for remark in filter(None, map(rotation_note, sorted(set(done.layers["in_features"])))):
         note(f"msq: {remark}.")
@@ -202,6 +206,9 @@ def apply(
         print(f"{facts['layers']} layers in {applied.memory_bytes} bytes, as promised; checkpoint in {out}")
 
 
+app.command()(cli_checks.check)
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model or checkpoint.")],
@@ -230,26 +237,8 @@ def evaluate(
         print(f"KL to {reference}: {result.kl:.6f} nats per token")
 
 
-@app.command()
-def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint or model.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    device: Device = "cpu",
-    json_output: Json = False,
-) -> None:
-    """Go on from a prompt, greedily."""
-    from .experiments.evaluate import load_any
-    from .planner.executor.generate import generate_text
-    from .profiles.model_source import resolve_model
-    from .profiles.models import load_tokenizer
-
-    directory = resolve_model(checkpoint)
-    text = generate_text(load_any(directory, device), load_tokenizer(directory), prompt, max_tokens)
-    if json_output:
-        print_json({"prompt": prompt, "text": text})
-    else:
-        print(prompt + text)
+app.command()(cli_running.generate)
+app.command()(cli_running.benchmark)
 
 
 @app.command()

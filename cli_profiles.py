@@ -77,13 +77,16 @@ def measure_latencies(
     json_output: bool,
 ) -> None:
     """`msq profile --latency-only`."""
+    from .planner.executor.overhead import ExecutorOverhead
     from .profiles.latency_job import LatencySettings, run_latency_profile
     from .profiles.shipped import resolve_config
 
     chosen = {} if context is None else {"context": context}
     settings = LatencySettings(specs=specs, batch_sizes=batches, device=device, **chosen)
     config = resolve_config(model)
-    done = finish_profile(lambda: run_latency_profile(config, out, settings, restart=restart), out)
+    done = finish_profile(
+        lambda: run_latency_profile(config, out, settings, overhead=ExecutorOverhead(), restart=restart), out
+    )
     assert done.latency is not None and done.manifest.latency is not None
     held_back = int(done.latency["throttled"].sum()) if "throttled" in done.latency else 0
     if held_back:

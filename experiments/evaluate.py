@@ -39,10 +39,14 @@ class Evaluation:
     tokens: int
 
 
-def load_any(directory: Path, device: str = "cpu") -> nn.Module:
-    """An msq checkpoint or a stock model, ready to run."""
+def load_any(directory: Path, device: str = "cpu", *, implementation: str | None = None) -> nn.Module:
+    """An msq checkpoint or a stock model, ready to run.
+
+    Args:
+        implementation: of a checkpoint's layers, as for `load_checkpoint`.
+    """
     if is_checkpoint(directory):
-        return load_checkpoint(directory, device=device)
+        return load_checkpoint(directory, device=device, implementation=implementation)
     return load_model(directory, choose_device(device))
 
 

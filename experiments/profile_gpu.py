@@ -10,12 +10,14 @@ has the time of a decoder block's four fused products for a few quantizers, and 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from ..planner.executor.overhead import ExecutorOverhead
 from ..profiles.latency_job import LatencySettings, run_latency_profile
 from ..profiles.options import parse_batch_sizes, parse_palette
 from ..profiles.schema import HEAD, MANIFEST_FILE
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--quantizers", help="globs of labels; default: all")
     parser.add_argument("--batch-sizes", default="1,8")
     parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--overhead", choices=("executor", "stock"), default="executor", help="whose decoding step")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no further model after this long")
     arguments = parser.parse_args()
@@ -74,7 +77,7 @@ def main() -> None:
     )
     console = Console(width=140)
     begun = time.perf_counter()
-    tables = []
+    tables, failed = [], []
     for name in arguments.models.split(","):
         started, out = time.perf_counter(), arguments.out / name
         if (out / MANIFEST_FILE).exists():
@@ -83,11 +86,18 @@ def main() -> None:
             console.print(f"no time left for {name}")
             continue
         else:
-            profile = run_latency_profile(resolve_config(name), out, settings)
+            overhead = None if arguments.overhead == "stock" else ExecutorOverhead()
+            try:
+                profile = run_latency_profile(resolve_config(name), out, settings, overhead=overhead)
+            except Exception as cause:  # the other models are worth measuring; finished rows are in the journal
+                console.print(f"{name} failed ({type(cause).__name__}: {cause}); run again to go on from {out}")
+                failed.append(name)
+                continue
         tables.append(summary(name, profile, time.perf_counter() - started))
     for table in tables:
         console.print(table)
     console.print(f"{time.perf_counter() - begun:.0f} s in all; profiles in {arguments.out}")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,7 @@ def plan_of(built: BuiltProblem, solution: Solution) -> Plan:
             architecture=manifest.model.architecture,
             blocks=manifest.model.blocks,
             digest=manifest.model.digest,
+            unplanned_bytes=manifest.model.unplanned_bytes,
         ),
         profile=PlanProfile(
             digest=profile.digest,
@@ -217,6 +218,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "gap": report.gap,
         "loss": promised.loss,
         "memory_bytes": promised.memory_bytes,
+        "model_bytes": None
+        if plan.model.unplanned_bytes is None
+        else promised.memory_bytes + plan.model.unplanned_bytes,
         "bits_per_weight": promised.bits_per_weight,
         "latency_us": {str(batch): latency for batch, latency in promised.latency_us.items()},
         "budgets": [budget.model_dump(mode="json") for budget in plan.budgets],

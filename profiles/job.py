@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,15 +31,15 @@ from .fisher import measure_fisher
 from .frames import latency_table, layer_table, model_part, quantizer_table
 from .hessians import Calibration, calibration, collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
-from .journal import JOURNAL_FILE, Journal
+from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_model
-from .overhead import METHOD, measure_head, measure_overhead
+from .overhead import METHOD, StepOverhead, measure_head, measure_overhead, stock_overhead
 from .quantizer_errors import measure_errors
 from .schema import MANIFEST_FILE, LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, load_profile, save_profile
-from .timing import timer_for
+from .timing import Timer, timer_for
 
 _BY_NOISE = (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL)
 HESSIANS_DIR = "hessians"
@@ -114,6 +114,7 @@ def run_profile(
     settings: ProfileSettings,
     *,
     name: str,
+    overhead: StepOverhead | None = None,
     restart: bool = False,
     engine: Engine = IN_PROCESS,
 ) -> Profile:
@@ -123,6 +124,7 @@ def run_profile(
         model_dir: a Hugging Face directory with safetensors weights.
         out: the profile's directory; made if missing.
         name: what to call the model in the profile.
+        overhead: how the overhead of a decoding step is measured; None for that of the stock model.
         restart: drop what an interrupted or finished job left in `out`.
         engine: who measures the quantizer errors.
 
@@ -134,14 +136,7 @@ def run_profile(
     digest = model_digest(model_dir)
     tokens = calibration(model_dir, settings.text, tokens=settings.tokens, window=settings.window, seed=settings.seed)
     journal_path = out / JOURNAL_FILE
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    if (out / MANIFEST_FILE).exists() and not restart and not journal_path.exists():
-        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
-    if restart:  # before the journal: a manifest beside one is taken for the profile that the journal led to
-        (out / MANIFEST_FILE).unlink(missing_ok=True)
+    make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
@@ -152,7 +147,7 @@ def run_profile(
         if (out / MANIFEST_FILE).exists():  # interrupted while it cleaned up
             profile = load_profile(out)
         else:
-            profile = _measure(model_dir, out, settings, model_info, digest, tokens, device, journal, engine)
+            profile = _measure(model_dir, out, settings, model_info, digest, tokens, overhead, device, journal, engine)
         _remove_work(out)
         journal_path.unlink()  # last: it says that there is something to go on from
     return profile
@@ -185,17 +180,17 @@ def _measure(
     model_info: ModelInventory,
     digest: str,
     tokens: Calibration,
+    overhead: StepOverhead | None,
     device: torch.device,
     journal: Journal,
     engine: Engine,
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
-    model = load_model(model_dir, device)
-    sensitivities = _sensitivities(model, layers, windows, settings, journal)
-    overhead = _overhead(model, settings, model_info, device, journal)
-    dtype = next(model.parameters()).dtype
-    del model
+    timer, method = timer_for(device), METHOD[device.type] if overhead is None else overhead.method
+    sensitivities, beside, dtype = _run_model(
+        model_dir, layers, windows, settings, overhead, method, device, timer, journal
+    )
     hessians = None
     if settings.error == "proxy":
         hessians = collect_hessians(
@@ -211,7 +206,6 @@ def _measure(
         engine=engine,
         hessians=hessians,
     )
-    timer = timer_for(device)
     batches: dict[str, Any] = {"batch_sizes": settings.batch_sizes, "device": device, "dtype": dtype, "timer": timer}
     with monitored(device) as monitor:
         latencies = measure_latency(layers, settings.specs, journal=journal, monitor=monitor, **batches)
@@ -220,8 +214,8 @@ def _measure(
     latency = (
         LatencyPart(
             batch_sizes=settings.batch_sizes,
-            overhead_us=overhead,
-            overhead_method=METHOD[device.type],
+            overhead_us=beside,
+            overhead_method=method,
             context=settings.context,
             head_us=head,
         )
@@ -260,6 +254,30 @@ def _measure(
     )
 
 
+def _run_model(
+    model_dir: Path,
+    layers: Sequence[LayerInfo],
+    windows: Tensor,
+    settings: ProfileSettings,
+    overhead: StepOverhead | None,
+    method: str,
+    device: torch.device,
+    timer: Timer,
+    journal: Journal,
+) -> tuple[dict[str, Sensitivity], dict[int, float], torch.dtype]:
+    """What needs the whole model in memory: sensitivities and overheads; and the dtype it runs in."""
+    model = load_model(model_dir, device)
+    sensitivities = _sensitivities(model, layers, windows, settings, journal)
+
+    def step_us(batch_sizes: Sequence[int]) -> Mapping[int, float]:
+        if overhead is None:
+            return stock_overhead(model, layers, settings.context, timer, batch_sizes)
+        return overhead(model_dir, layers, batch_sizes, settings.context, device)
+
+    beside = measure_overhead(step_us, method, batch_sizes=settings.batch_sizes, journal=journal)
+    return sensitivities, beside, next(model.parameters()).dtype
+
+
 def middle_quantizer(specs: Sequence[QuantizerSpec]) -> QuantizerSpec:
     """The quantizer that direct sensitivities swap in: of a palette, the one in the middle by bits."""
     return sorted(specs, key=lambda spec: (spec.bits, spec))[len(specs) // 2]
@@ -274,16 +292,3 @@ def _sensitivities(
     if settings.method is LossMethod.DIRECT:
         return measure_direct(model, layers, windows, spec=middle_quantizer(settings.specs), journal=journal, **shared)
     return measure_sensitivities(model, layers, windows, noise=settings.noise, journal=journal, **shared)
-
-
-def _overhead(
-    model: nn.Module, settings: ProfileSettings, model_info: ModelInventory, device: torch.device, journal: Journal
-) -> dict[int, float]:
-    return measure_overhead(
-        model,
-        model_info.layers,
-        batch_sizes=settings.batch_sizes,
-        context=settings.context,
-        timer=timer_for(device),
-        journal=journal,
-    )

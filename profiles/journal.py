@@ -14,8 +14,27 @@ from typing import Any
 
 from .errors import ProfileError
 from .files import try_lock
+from .schema import MANIFEST_FILE
 
 JOURNAL_FILE = "unfinished.jsonl"
+
+
+def make_directory(out: Path, *, restart: bool) -> None:
+    """Make the directory of a profile, unless a finished one is in it that is not to be replaced.
+
+    A manifest beside a journal is the profile that the journal led to: its job was interrupted while it cleaned up.
+
+    Raises:
+        ProfileError: it can't be made, or holds a profile.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
+    if restart:
+        (out / MANIFEST_FILE).unlink(missing_ok=True)
+    elif (out / MANIFEST_FILE).exists() and not (out / JOURNAL_FILE).exists():
+        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
 
 
 class Journal:

@@ -1,8 +1,9 @@
 """Microseconds of every kernel a plan may name.
 
 A row is a (pattern shape, quantizer, implementation, batch size). Only shapes matter, so weights are random bits and
-each distinct product is measured once, whatever the roles of its layers. What is timed is the product alone: the input
-is rotated already, once for all layers that share it, and that belongs to the overhead (see `overhead`).
+each distinct product is measured once, whatever the roles of its layers. Kernels are timed for an input that is rotated
+already, once for all layers that share it: that belongs to the overhead (see `overhead`). The reference implementation
+rotates its own.
 
 On a GPU the kernels run back to back in a CUDA graph, each on a weight that no cache holds, as they do in a model; all
 of them are compiled beforehand, in as many processes as the machine has cores. The reference implementation, which runs
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ..kernels.linear import IMPLEMENTATIONS
 from ..kernels.quantize import QuantizedWeight, from_tensors, tensor_shapes
-from ..kernels.specs import TILE, QuantizerSpec
+from ..kernels.specs import TILE, Family, QuantizerSpec
 from .gpu_monitor import GpuMonitor
 from .inventory import LayerInfo
 from .journal import Journal
@@ -130,7 +131,7 @@ def products(
 
 
 def random_weight(spec: QuantizerSpec, out_features: int, in_features: int, device: torch.device) -> QuantizedWeight:
-    """A packed weight of random codes for inputs that are rotated already."""
+    """A packed weight of random codes."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
     for name, (size, dtype) in tensor_shapes(spec, out_features, in_features).items():
@@ -138,7 +139,8 @@ def random_weight(spec: QuantizerSpec, out_features: int, in_features: int, devi
             tensors[name] = torch.randint(256, size, dtype=dtype, generator=generator).to(device)
         else:
             tensors[name] = torch.randn(size, generator=generator).to(device=device, dtype=dtype)
-    return from_tensors(spec, out_features, in_features, None, tensors)
+    seed = None if spec.family is Family.INT else 0
+    return from_tensors(spec, out_features, in_features, seed, tensors)
 
 
 def measure_latency(

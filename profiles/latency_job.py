@@ -8,9 +8,10 @@ of another GPU or driver are refused.
 
 from __future__ import annotations
 
-import json
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,16 @@ from .. import __version__
 from ..kernels.specs import QuantizerSpec
 from .device import describe_device
 from .errors import ProfileError
-from .files import sha256_file
+from .files import sha256_file, sweep_temporaries
 from .frames import latency_table, layer_table, model_part, quantizer_table
 from .inventory import ModelInventory, inventory_of_config
-from .journal import JOURNAL_FILE, Journal
+from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
-from .models import choose_device
-from .overhead import METHOD, Zeros, measure_head, measure_overhead
+from .models import choose_device, load_config
+from .overhead import METHOD, StepOverhead, Zeros, measure_head, measure_overhead, stock_overhead
 from .schema import MANIFEST_FILE, LatencyPart, ProfileManifest
-from .tables import Profile, save_profile
-from .timing import timer_for
+from .tables import Profile, load_profile, save_profile
+from .timing import Timer, timer_for
 
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -64,7 +65,13 @@ class LatencySettings:
 
 
 def run_latency_profile(
-    config: Path, out: Path, settings: LatencySettings, *, name: str | None = None, restart: bool = False
+    config: Path,
+    out: Path,
+    settings: LatencySettings,
+    *,
+    name: str | None = None,
+    overhead: StepOverhead | None = None,
+    restart: bool = False,
 ) -> Profile:
     """Measure the kernels and the overhead of the model that a config.json describes.
 
@@ -72,6 +79,7 @@ def run_latency_profile(
         config: the file.
         out: the profile's directory; made if missing.
         name: what to call the model; None for the name of the file, or of its directory.
+        overhead: how the overhead is measured; None for that of the stock model.
         restart: drop what an interrupted or finished job left in `out`.
 
     Raises:
@@ -79,25 +87,31 @@ def run_latency_profile(
     """
     device = choose_device(settings.device)
     info = inventory_of_config(config, name=name, head=True)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    if (out / MANIFEST_FILE).exists() and not restart:
-        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
+    make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"config": sha256_file(config), "quantizers": [spec.label for spec in settings.specs]}
     with Journal(out / JOURNAL_FILE, job, restart=restart) as journal:
-        profile = _measure(config, info, out, settings, device, journal)
-        (out / JOURNAL_FILE).unlink()
+        sweep_temporaries(out)
+        if (out / MANIFEST_FILE).exists():  # interrupted before the journal was removed
+            profile = load_profile(out)
+        else:
+            profile = _measure(config, info, out, settings, overhead, device, journal)
+        (out / JOURNAL_FILE).unlink()  # last: it says that there is something to go on from
     return profile
 
 
 def _measure(
-    config: Path, info: ModelInventory, out: Path, settings: LatencySettings, device: torch.device, journal: Journal
+    config: Path,
+    info: ModelInventory,
+    out: Path,
+    settings: LatencySettings,
+    overhead: StepOverhead | None,
+    device: torch.device,
+    journal: Journal,
 ) -> Profile:
     layers, timer = info.layers, timer_for(device)
+    method = METHOD[device.type] if overhead is None else overhead.method
     dtype = _DTYPES[layers[0].dtype] if device.type == "cuda" else torch.float32
     with monitored(device) as monitor:
         latencies = measure_latency(
@@ -110,11 +124,12 @@ def _measure(
             journal=journal,
             monitor=monitor,
         )
-        model = skeleton(config, info, device, dtype)
-        overhead = measure_overhead(
-            model, layers, batch_sizes=settings.batch_sizes, context=settings.context, timer=timer, journal=journal
+        beside = measure_overhead(
+            partial(_overhead, config, info, settings, overhead, device, dtype, timer),
+            method,
+            batch_sizes=settings.batch_sizes,
+            journal=journal,
         )
-        del model
         head = measure_head(
             layers, batch_sizes=settings.batch_sizes, device=device, dtype=dtype, timer=timer, journal=journal
         )
@@ -127,8 +142,8 @@ def _measure(
             loss=None,
             latency=LatencyPart(
                 batch_sizes=settings.batch_sizes,
-                overhead_us=overhead,
-                overhead_method=METHOD[device.type],
+                overhead_us=beside,
+                overhead_method=method,
                 context=settings.context,
                 head_us=head,
             ),
@@ -145,17 +160,31 @@ def _measure(
     )
 
 
+def _overhead(
+    config: Path,
+    info: ModelInventory,
+    settings: LatencySettings,
+    overhead: StepOverhead | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    timer: Timer,
+    batch_sizes: Sequence[int],
+) -> Mapping[int, float]:
+    if overhead is not None:
+        return overhead(config, info.layers, batch_sizes, settings.context, device)
+    return stock_overhead(skeleton(config, info, device, dtype), info.layers, settings.context, timer, batch_sizes)
+
+
 def skeleton(config: Path, info: ModelInventory, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The stock model of a config with zeros for its planned layers; what else it has is random.
 
     Raises:
         ProfileError: transformers can't build it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    fields = json.loads(config.read_text(encoding="utf-8"))
+    settings = load_config(config)
     try:
-        settings = AutoConfig.for_model(fields.pop("model_type", ""), **fields)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(settings, dtype=dtype)
     except Exception as cause:  # transformers raises any type for a bad config; type and text are told

@@ -1,15 +1,16 @@
 """What a decoding step takes beside the planned layers: attention, norms, embeddings, and launches between them.
 
-Every planned layer is replaced by one that returns zeros. On a GPU the step of the stock model is captured in a CUDA
-graph with a static cache; an executor that fuses more takes less, which `planner.calibrate` puts right from a measured
-run. The head, where it is a planned layer, is timed by itself too, for plans that leave it out.
+Here every planned layer of the stock model is replaced by one that returns zeros; on a GPU the step is captured in a
+CUDA graph with a static cache. An executor that fuses more takes less: it brings a `StepOverhead` of its own. The head,
+where it is a planned layer, is timed by itself too, for plans that leave it out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,28 +26,66 @@ METHOD = {"cpu": "stock model", "cuda": "stock model in a CUDA graph"}
 """What a profile calls this way of measuring, by kind of device."""
 
 
+class StepOverhead(Protocol):
+    """Another way to measure overheads, such as that of an executor that fuses more than the stock model.
+
+    Attributes:
+        method: what a profile calls it.
+    """
+
+    method: str
+
+    def __call__(
+        self,
+        config: Path,
+        layers: Sequence[LayerInfo],
+        batch_sizes: Sequence[int],
+        context: int,
+        device: torch.device,
+    ) -> Mapping[int, float]:
+        """µs of a decoding step beside the products of `layers`, by batch size.
+
+        Args:
+            config: a config.json or a model directory.
+            context: tokens already in the cache.
+        """
+
+
 def measure_overhead(
-    model: nn.Module,
-    layers: Sequence[LayerInfo],
+    step_us: Callable[[Sequence[int]], Mapping[int, float]],
+    method: str,
     *,
     batch_sizes: Sequence[int],
-    context: int,
-    timer: Timer,
     journal: Journal,
 ) -> dict[int, float]:
     """µs of a decoding step beside the planned layers, by batch size.
 
     Args:
-        model: the stock model; its planned layers are put back before this returns.
+        step_us: measures some batch sizes; not called for those that are in the journal.
+        method: what it is called; the journal keeps the rows of each apart.
+    """
+    missing = [batch for batch in batch_sizes if ("overhead", batch, method) not in journal]
+    if missing:
+        for batch, us in step_us(missing).items():
+            journal.add(("overhead", batch, method), us)
+    return {batch: float(journal["overhead", batch, method]) for batch in batch_sizes}
+
+
+@torch.inference_mode()
+def stock_overhead(
+    model: nn.Module, layers: Sequence[LayerInfo], context: int, timer: Timer, batch_sizes: Sequence[int]
+) -> dict[int, float]:
+    """µs of a step of the stock model beside its planned layers, which are put back before this returns, by batch size.
+
+    Args:
         context: tokens already in the cache.
     """
-    with progress("overhead", len(batch_sizes), done=journal.count("overhead")) as advance, torch.inference_mode():
+    times = {}
+    with progress("overhead", len(batch_sizes)) as advance, without_layers(model, layers):
         for batch in batch_sizes:
-            if ("overhead", batch) not in journal:
-                with without_layers(model, layers):
-                    journal.add(("overhead", batch), _time_step(model, batch, context, timer))
-                advance()
-    return {batch: float(journal["overhead", batch]) for batch in batch_sizes}
+            times[batch] = _time_step(model, batch, context, timer)
+            advance()
+    return times
 
 
 def measure_head(

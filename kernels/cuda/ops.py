@@ -32,8 +32,8 @@ from ..quantize import QuantizedWeight
 from ..quantize import decode as decode_weight
 from ..specs import Family, QuantizerSpec
 from . import decode, dequantize, hadamard
-from .hadamard import RotationTables
 from .layout import PreparedWeight, from_units
+from .rotation_plan import RotationTables, fuses_norm
 
 _library = torch.library.Library("msq", "DEF")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -101,7 +101,7 @@ def _rotate_normed_cuda(x: Tensor, weight: Tensor, epsilon: float, signs: Tensor
     _check_like(weight, x, x.shape[-1:], "a norm's weight")
     size, tables = x.shape[-1], RotationTables(signs, tuple(matrices))
     rows = x.reshape(-1, size)
-    if hadamard.fuses_norm(size):
+    if fuses_norm(size):
         return hadamard.rotate_normed(rows, weight, epsilon, tables).view(x.shape)
     normed = F.rms_norm(rows.float(), (size,), weight.float(), epsilon)
     return hadamard.rotate(normed, tables).to(x.dtype).view(x.shape)

@@ -269,6 +269,7 @@ def _write_config(
             in_features=layer.in_features,
             rotation_seed=results[layer.name].rotation_seed,
             pattern=entries[layer.name].pattern,
+            implementation=entries[layer.name].implementation,
         )
         for layer in info.layers
     }

@@ -41,6 +41,7 @@ class QuantizedLayer(_Part):
         out_features, in_features: shape of the weight.
         rotation_seed: seed of its input rotation, null where the input is not rotated.
         pattern: layers that the plan runs as one kernel, this one among them.
+        implementation: the kernel that the plan names.
     """
 
     quantizer: Name
@@ -48,6 +49,7 @@ class QuantizedLayer(_Part):
     in_features: Annotated[int, Field(ge=1)]
     rotation_seed: Annotated[int, Field(ge=0, lt=2**63)] | None
     pattern: tuple[Name, ...] = Field(min_length=1)
+    implementation: Name = "reference"
 
 
 class QuantizationConfig(_Part):

@@ -64,6 +64,8 @@ def test_promised_bytes_are_the_bytes_on_disk_and_in_memory(built):
     stored = load_file(checkpoint / "model.safetensors")
     packed = {k: t for k, t in stored.items() if any(k.startswith(n) for n in names) and not k.endswith(".bias")}
     assert sum(t.numel() * t.element_size() for t in packed.values()) == plan.promised.memory_bytes
+    whole = sum(t.numel() * t.element_size() for t in stored.values())
+    assert whole == plan.promised.memory_bytes + plan.model.unplanned_bytes
     assert load_plan(checkpoint / "plan.yaml") == plan
 
 

@@ -144,6 +144,8 @@ def test_a_planned_head_is_in_the_checkpoint_and_the_embedding_stays(tiny_llama,
     assert applied.memory_bytes == plan.promised.memory_bytes
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert "lm_head.weight" not in stored and any(name.startswith("lm_head.packed") for name in stored)
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    assert whole == plan.promised.memory_bytes + plan.model.unplanned_bytes
     original = load_file(directory / "model.safetensors")
     assert torch.equal(stored[EMBEDDING], original[EMBEDDING])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False

@@ -26,6 +26,8 @@ from msq.profiles.sensitivity import measure_sensitivities
 from msq.profiles.tables import load_profile
 from safetensors.torch import load_file, save_file
 
+from .conftest import Interrupting
+
 SPECS = (QuantizerSpec(Family.INT, 4), QuantizerSpec(Family.NUQ, 2), QuantizerSpec(Family.TCQ, 2, 9))
 SETTINGS = ProfileSettings(specs=SPECS, tokens=256, window=32, windows_per_group=4, batch_sizes=(1, 2), context=8)
 
@@ -132,23 +134,11 @@ def test_an_interrupted_proxy_job_keeps_its_hessians(tiny_llama, tmp_path, monke
     pd.testing.assert_frame_equal(profile.errors, undisturbed.errors)
 
 
-class _Interrupting(Journal):
-    """A journal whose owner is interrupted after some rows."""
-
-    left = 0
-
-    def add(self, key, row):
-        if type(self).left == 0:
-            raise KeyboardInterrupt
-        type(self).left -= 1
-        super().add(key, row)
-
-
 @pytest.mark.parametrize("rows", [0, 1, 9, 28, 30, 60])
 def test_an_interrupted_job_goes_on_without_measuring_rows_twice(tiny_llama, tmp_path, monkeypatch, rows):
     undisturbed = run_profile(tiny_llama, tmp_path / "whole", SETTINGS, name="tiny")
-    monkeypatch.setattr(job_module, "Journal", _Interrupting)
-    _Interrupting.left = rows
+    monkeypatch.setattr(job_module, "Journal", Interrupting)
+    Interrupting.left = rows
     with pytest.raises(KeyboardInterrupt):
         run_profile(tiny_llama, tmp_path / "p", SETTINGS, name="tiny")
     monkeypatch.undo()

@@ -20,13 +20,15 @@ from msq.profiles.combine import combine
 from msq.profiles.errors import ProfileError
 from msq.profiles.inventory import inventory, inventory_of_config
 from msq.profiles.job import ProfileSettings, run_profile
-from msq.profiles.journal import JOURNAL_FILE, Journal
+from msq.profiles.journal import JOURNAL_FILE
 from msq.profiles.latency import Product, kernel_shapes, products
 from msq.profiles.latency_job import LatencySettings, run_latency_profile, skeleton
 from msq.profiles.models import choose_device, load_model
 from msq.profiles.overhead import static_step
 from msq.profiles.schema import HEAD
 from msq.profiles.tables import load_profile, save_profile
+
+from .conftest import Interrupting
 
 CPU = choose_device("cpu")
 SPECS = (QuantizerSpec(Family.INT, 4), QuantizerSpec(Family.NUQ, 2), QuantizerSpec(Family.TCQ, 2, 9))
@@ -65,22 +67,10 @@ def test_a_plan_needs_losses(latency):
         find_plan(latency, parse_budgets(["memory=4bpw"]))
 
 
-class _Interrupting(Journal):
-    """A journal whose owner is interrupted after some rows."""
-
-    left = 0
-
-    def add(self, key, row):
-        if type(self).left == 0:
-            raise KeyboardInterrupt
-        type(self).left -= 1
-        super().add(key, row)
-
-
 @pytest.mark.parametrize("rows", [0, 5, 28, 31])
 def test_an_interrupted_job_goes_on(config, tmp_path, monkeypatch, rows):
-    monkeypatch.setattr(job_module, "Journal", _Interrupting)
-    _Interrupting.left = rows
+    monkeypatch.setattr(job_module, "Journal", Interrupting)
+    Interrupting.left = rows
     with pytest.raises(KeyboardInterrupt):
         run_latency_profile(config, tmp_path / "p", SETTINGS)
     monkeypatch.undo()
@@ -97,8 +87,8 @@ def test_an_interrupted_job_goes_on(config, tmp_path, monkeypatch, rows):
 
 
 def test_rows_of_another_device_are_refused(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(job_module, "Journal", _Interrupting)
-    _Interrupting.left = 3
+    monkeypatch.setattr(job_module, "Journal", Interrupting)
+    Interrupting.left = 3
     with pytest.raises(KeyboardInterrupt):
         run_latency_profile(config, tmp_path / "p", SETTINGS)
     monkeypatch.undo()

@@ -98,6 +98,8 @@ inline void load_shared_if(Words4& words, u32 address, bool active) {
 }
 inline u32 load_global(const u32* pointer) { return *pointer; }
 inline void store_global(u32* pointer, u32 value) { *pointer = value; }
+inline u32 count_up(u32* counter) { return (*counter)++; }
+inline float exp2_fast(float power) { return std::exp2(power); }
 inline void copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
 inline void copy_commit() {}
 inline void copy_wait() {}

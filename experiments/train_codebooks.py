@@ -189,7 +189,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     output = _Output(arguments.out)
     fresh = gaussian_pairs(arguments.test_tiles, arguments.seed + 1, arguments.device)
-    specs = list(every_quantizer())
+    specs = [
+        *every_quantizer(),
+        *(QuantizerSpec(Family.TCQ, bits, 16, code=TrellisCode.SCALAR) for bits in (2, 3, 4, 5)),
+    ]
     if arguments.lookup_tables:
         specs += [QuantizerSpec(Family.TCQ, 1.5 + i / 2, 16, code=TrellisCode.LUT) for i in range(8)]
     chosen = match_labels([spec.label for spec in specs], arguments.quantizers)

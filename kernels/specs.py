@@ -254,8 +254,7 @@ def every_quantizer(state_bits: int = DEFAULT_STATE_BITS) -> tuple[QuantizerSpec
             replace(base, table_bits=bits) for bits in SHIPPED_TABLE_BITS.get(base.bits, ()) if bits != base.table_bits
         ]
         if base.bits in _ONE_MAD_RATES:
-            codes = (*_CALCULATED, TrellisCode.SCALAR)
-            specs += [replace(base, table_bits=DEFAULT_TABLE, code=code) for code in codes]
+            specs += [replace(base, table_bits=0, code=code) for code in _CALCULATED]
     return tuple(specs)
 
 

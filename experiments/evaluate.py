@@ -47,7 +47,12 @@ def load_any(directory: Path, device: str = "cpu", *, implementation: str | None
     """
     if is_checkpoint(directory):
         return load_checkpoint(directory, device=device, implementation=implementation)
-    return load_model(directory, choose_device(device))
+    model = load_model(directory, choose_device(device))
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    from ..planner.executor.transformers_plugin import to_device  # transformers saved this one: no msq.yaml beside it
+
+    return to_device(model, device, implementation=implementation)
 
 
 @torch.inference_mode()

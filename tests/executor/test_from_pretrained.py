@@ -60,6 +60,17 @@ def test_saving_gives_the_stored_tensors_and_saving_again_the_same_files(checkpo
     assert saved.read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
 
+def test_what_transformers_saved_runs_from_the_command_line_too(checkpoint, tmp_path):
+    from msq.experiments.evaluate import load_any
+
+    load(checkpoint).save_pretrained(tmp_path / "saved")
+    tokens = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(load_any(tmp_path / "saved")(tokens).logits, load_any(checkpoint)(tokens).logits)
+    with pytest.raises(CheckpointError, match="tensor_core kernels need a CUDA device"):
+        load_any(tmp_path / "saved", implementation="tensor_core")
+
+
 def test_a_loaded_model_changes_implementation_and_still_saves_the_same(checkpoint, tmp_path):
     model = load(checkpoint)
     tokens = torch.arange(10)[None]

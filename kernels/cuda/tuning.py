@@ -102,7 +102,8 @@ class _Division:
 
     Attributes:
         row_tiles: rows of tiles of the weight, in `chunk_blocks` blocks of `block_tiles` at most.
-        units: units of a row in each segment, of a block's chunk of the input dimension.
+        units: units of a row in each segment, of a block's chunk of the input dimension,
+        warps: and how many warps work on them.
         table_bytes, shared_bytes: of shared memory, the table and all.
     """
 
@@ -110,6 +111,7 @@ class _Division:
     chunk_blocks: int
     block_tiles: int
     units: tuple[int, ...]
+    warps: tuple[int, ...]
     table_bytes: int
     shared_bytes: int
 
@@ -117,6 +119,20 @@ class _Division:
 def _tokens(batch: int) -> int:
     """Tokens that a kernel is compiled for."""
     return 1 << (batch - 1).bit_length()
+
+
+def _share_warps(units: tuple[int, ...], tuning: Tuning) -> tuple[int, ...] | None:
+    """Warps for each segment, so that the busiest has least to do; None where there are too few."""
+    if len(units) == 1:
+        return (tuning.warps,)
+    groups = tuning.row_groups
+    choices = [(tuning.warps - high, high) for high in range(groups, tuning.warps, groups)]
+    return min(choices, key=lambda warps: _most_units(units, warps, groups), default=None)
+
+
+def _most_units(units: tuple[int, ...], warps: tuple[int, ...], groups: int) -> int:
+    """Units of a row of tiles for the busiest warp."""
+    return max(-(-count // (some // groups)) for count, some in zip(units, warps, strict=True))
 
 
 def _divide(
@@ -138,7 +154,10 @@ def _divide(
     shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * (sum(units) * UNIT_COLUMNS + 8)
     if shared_bytes > (limits.shared_bytes + _RESERVED_BYTES) // tuning.blocks - _RESERVED_BYTES:
         return None
-    return _Division(row_tiles, chunk_blocks, block_tiles, units, table_bytes, shared_bytes)
+    warps = _share_warps(units, tuning)
+    if warps is None:
+        return None
+    return _Division(row_tiles, chunk_blocks, block_tiles, units, warps, table_bytes, shared_bytes)
 
 
 def launch_for(
@@ -161,6 +180,7 @@ def launch_for(
         "ROWS": tuning.rows,
         "ROW_GROUPS": tuning.row_groups,
         "WARPS": tuning.warps,
+        "HIGH_WARPS": division.warps[1] if len(widths) > 1 else 0,
         "RESIDENT": max(tuning.blocks, tuning.resident),
         "TOKENS": tokens,
         "BFLOAT": FORMATS[dtype],
@@ -200,7 +220,7 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 # Cycles of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
 _UNIT_CYCLES = 40
 """To decode a unit: its 32 lookups, and the loads of its codes and tokens."""
-_CONFLICTS = {32: 1.0, 16: 1.1, 8: 1.6, 4: 1.9, 1: 1.25}
+_CONFLICTS = {32: 1.0, 16: 1.08, 8: 1.4, 4: 1.7, 1: 2.0}
 """What `_UNIT_CYCLES` grow by with fewer copies of the table."""
 _ONE_ROW = 1.12
 """And where a warp has one row at a time."""
@@ -216,11 +236,8 @@ _STORE_BYTES = 128
 
 def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning) -> float:
     """Cycles of the busiest multiprocessor, but for what all tunings have in common."""
-    segments = len(division.units)
-    columns = tuning.warps // segments // tuning.row_groups
-    steps = -(-division.block_tiles // (tuning.rows * tuning.row_groups)) * max(
-        -(-units // columns) for units in division.units
-    )
+    rounds = -(-division.block_tiles // (tuning.rows * tuning.row_groups))
+    steps = rounds * _most_units(division.units, division.warps, tuning.row_groups)
     unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas] * (_ONE_ROW if tuning.rows == 1 else 1)
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED

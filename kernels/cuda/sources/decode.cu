@@ -8,10 +8,10 @@
 // sum's arrival needs no flag. That block has the highest index, so those it waits for are running or done. Every sum
 // has a fixed order: results repeat.
 //
-// A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns: half of the warps work on each.
+// A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
 // Macros: FAMILY, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
-// ROWS, ROW_GROUPS (stream.cuh), SPLITS, WARPS, RESIDENT (blocks for which a multiprocessor must have registers),
+// ROWS, ROW_GROUPS (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor must have registers),
 // TOKENS (1, 2, 4, 8 or 16), BFLOAT.
 #include "stream.cuh"
 #include "tokens.cuh"
@@ -24,10 +24,9 @@ constexpr u32 EMPTY = 0xFFFFFFFF;  // a NaN that no sum has
 constexpr int MOST_POLLS = 1 << 23;  // seconds: the workspace must have been shared or spoilt
 
 using Low = Choose<WIDTH_LOW>::Decoder;
-constexpr int SEGMENTS = WIDTH_HIGH ? 2 : 1;
-constexpr int SEGMENT_WARPS = WARPS / SEGMENTS;
-constexpr int COLUMN_WARPS = SEGMENT_WARPS / ROW_GROUPS;
-constexpr int SLOTS = SEGMENTS * COLUMN_WARPS;  // of a row of tiles
+constexpr int LOW_WARPS = WARPS - HIGH_WARPS;
+constexpr int LOW_COLUMNS = LOW_WARPS / ROW_GROUPS, HIGH_COLUMNS = HIGH_WARPS / ROW_GROUPS;  // warps side by side
+constexpr int SLOTS = WARPS / ROW_GROUPS;  // of a row of tiles: one for each warp of a group
 constexpr int SECOND_WIDTH = WIDTH_HIGH ? WIDTH_HIGH : WIDTH_LOW;
 using High = Choose<SECOND_WIDTH>::Decoder;
 
@@ -182,9 +181,10 @@ __device__ __forceinline__ Segment segment_of(int units, int chunk, int column, 
 }
 
 // What warp `index` of a segment's takes of `tiles` rows.
+template <int COLUMNS>
 __device__ __forceinline__ Share share_of(int index, const Segment& segment, int tiles) {
-    int group = index / COLUMN_WARPS, column = index - group * COLUMN_WARPS, units = segment.units();
-    int first = units * column / COLUMN_WARPS, end = units * (column + 1) / COLUMN_WARPS;
+    int group = index / COLUMNS, column = index - group * COLUMNS, units = segment.units();
+    int first = units * column / COLUMNS, end = units * (column + 1) / COLUMNS;
     return Share{group, tiles, first, end - first};
 }
 
@@ -247,10 +247,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     Segment low = segment_of(units_low, chunk, 0, columns_low);
     Segment high = segment_of(units_high, chunk, columns_low, columns_high);
 
-    bool is_low = SEGMENTS == 1 || warp < SEGMENT_WARPS;
-    int worker = is_low ? warp : warp - SEGMENT_WARPS;
-    Share share = share_of(worker, is_low ? low : high, tiles);
-
     float* slots = reinterpret_cast<float*>(shared + SUMS_OFFSET);
     float* factors = reinterpret_cast<float*>(shared + FACTOR_OFFSET);
     u16* row_scales = reinterpret_cast<u16*>(slots + most_tiles * SLOTS * TILE_SUMS);
@@ -279,21 +275,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
 
     // The first weights are asked for before anything else.
     u32 my_tokens = shared_address(tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 16);
-    float* my_slots = slots + worker % COLUMN_WARPS * TILE_SUMS;
     u64 tiles_before = first_tile;
-    if (is_low) {
+    if (HIGH_WARPS == 0 || warp < LOW_WARPS) {
+        Share share = share_of<LOW_COLUMNS>(warp, low, tiles);
         Worker<Low, WIDTH_LOW> work{
             {}, Low::lane_offset(), my_tokens + share.first * UNIT_COLUMNS * 2, token_stride, batch};
         work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share);
         prepare_block();
-        work.multiply_share(share, my_slots);
-    } else if constexpr (SEGMENTS == 2) {
+        work.multiply_share(share, slots + warp % LOW_COLUMNS * TILE_SUMS);
+    } else if constexpr (HIGH_WARPS > 0) {
+        Share share = share_of<HIGH_COLUMNS>(warp - LOW_WARPS, high, tiles);
         Worker<High, SECOND_WIDTH> work{
             {}, Low::lane_offset(), my_tokens + (low.units() + share.first) * UNIT_COLUMNS * 2, token_stride, batch};
         work.stream.begin(
             packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share);
         prepare_block();
-        work.multiply_share(share, my_slots + COLUMN_WARPS * TILE_SUMS);
+        work.multiply_share(share, slots + (LOW_COLUMNS + (warp - LOW_WARPS) % HIGH_COLUMNS) * TILE_SUMS);
     }
     copy_wait();
     block_sync();

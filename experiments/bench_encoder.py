@@ -30,17 +30,22 @@ from .train_codebooks import gaussian_pairs
 
 _HEADER = ["part", "quantizer", "what", "value", "unit"]
 _RATES = [1.5 + i / 2 for i in range(8)]
-_SHAPES = [
-    (6, (8, 256, 4, 1)),
-    (6, (4, 256, 4, 1)),
-    (3, (2, 256, 4, 4)),
-    (4, (4, 256, 4, 2)),
-    (5, (8, 256, 4, 1)),
-]
 _DIVISIONS = [
-    (width, Division(*shape, unroll=unroll, ahead=ahead))
-    for width, shape in _SHAPES
-    for unroll, ahead in ((1, False), (2, False), (1, True), (2, True))
+    (6, Division(8, 256, 2, 1)),
+    (6, Division(8, 256, 4, 1)),
+    (6, Division(4, 256, 4, 1)),
+    (6, Division(4, 256, 4, 2)),
+    (6, Division(8, 512, 2, 1, 1)),
+    (6, Division(8, 512, 4, 1, 1)),
+    (6, Division(8, 128, 4, 1, 3)),
+    (6, Division(8, 128, 4, 1, 4)),
+    (6, Division(4, 128, 4, 1, 4)),
+    (3, Division(2, 256, 4, 4)),
+    (3, Division(2, 512, 4, 2, 1)),
+    (3, Division(4, 512, 4, 2, 1)),
+    (3, Division(1, 256, 4, 4)),
+    (10, Division(8, 256, 2, 1)),
+    (10, Division(8, 256, 4, 1)),
 ]
 Row = tuple[str, str, str, float, str]
 

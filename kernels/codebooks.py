@@ -39,10 +39,15 @@ def codebook(spec: QuantizerSpec) -> Tensor:
     """The fp16 table of a quantizer, ``spec.codebook_shape``; empty where it has none. The caller's own copy.
 
     Raises:
-        QuantizerError: the data file lacks it or holds another shape.
+        QuantizerError: the data file lacks it or holds another shape, or none ships.
     """
     if not spec.table_bytes:
         return Tensor().half()
+    if spec.code is TrellisCode.LUT:
+        raise QuantizerError(
+            f"{spec.label} ships no table: train one (experiments/train_codebooks.py --lookup-tables) and pass it as "
+            "codebook."
+        )
     table = _tables().get(codebook_key(spec))
     if table is None or tuple(table.shape) != spec.codebook_shape:
         found = "none" if table is None else f"shape {tuple(table.shape)}"

@@ -42,12 +42,10 @@ class TrellisCode(StrEnum):
     HYB = "hyb"  # a pair from a hashed table, one sign from the hash
     ONE_MAD = "1mad"  # a weight: the sum of the bytes of a hash
     THREE_INST = "3inst"  # a weight: the sum of two fp16 numbers made of a hash
-    SCALAR = "scalar"  # a weight from a hashed table, its sign from the hash
     LUT = "lut"  # a pair from a table of all states
 
 
 _CALCULATED = (TrellisCode.ONE_MAD, TrellisCode.THREE_INST)
-_HASHED = (TrellisCode.HYB, TrellisCode.SCALAR)
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,8 @@ _PALETTE_STEPS: dict[Family, _Rates] = _RATES | {Family.HALF_TCQ: _Rates(1.75, 4
 _ONE_MAD_RATES = _Rates(2, 5)
 _TABLE_BITS = {7: 10, 8: 11, 9: 11, 10: 12}
 """Bits of the default table's index for trellis steps of so many bits; 9 below."""
-_SCALAR_TABLE_BITS = 9
 _LARGEST_TABLE_BITS = 15
-"""The hash has 15 bits beside the sign."""
+"""The HYB hash has 15 bits beside the sign."""
 SHIPPED_TABLE_BITS = {3.5: (9, 11), 4.0: (9, 10, 12), 4.5: (10, 12), 5.0: (11, 13)}
 """Sizes of `tcq` tables on offer beside the default, by bits per weight."""
 DEFAULT_TABLE = -1
@@ -133,7 +130,7 @@ class QuantizerSpec:
         if self.pair_steps == 2 and self.bits not in _ONE_MAD_RATES:
             raise QuantizerError(f"the code {self.code} comes in {_ONE_MAD_RATES}; got {self.bits:g}.")
         default = self._default_table_bits
-        hashed = self.has_trellis and self.code in _HASHED
+        hashed = self.has_trellis and self.code is TrellisCode.HYB
         if not (1 <= self.table_bits <= _LARGEST_TABLE_BITS if hashed else self.table_bits == default):
             expected = f"1 to {_LARGEST_TABLE_BITS}" if hashed else default
             raise QuantizerError(
@@ -144,8 +141,6 @@ class QuantizerSpec:
     def _default_table_bits(self) -> int:
         if not self.has_trellis or self.code in _CALCULATED:
             return 0
-        if self.code is TrellisCode.SCALAR:
-            return _SCALAR_TABLE_BITS
         if self.code is TrellisCode.LUT:
             return self.state_bits
         return _TABLE_BITS.get(int(2 * self.rates[-1]), 9)
@@ -170,7 +165,7 @@ class QuantizerSpec:
     @property
     def pair_steps(self) -> int:
         """Trellis steps for each pair of weights."""
-        return 2 if self.code in (*_CALCULATED, TrellisCode.SCALAR) else 1
+        return 2 if self.code in _CALCULATED else 1
 
     @property
     def label(self) -> str:
@@ -186,7 +181,7 @@ class QuantizerSpec:
     def codebook_shape(self) -> tuple[int, int]:
         """(entries, dimension) of the fp16 codebook; `int` and the codes that calculate have none.
 
-        A sign bit doubles the points of the hashed codes.
+        A sign bit doubles the points of HYB.
         """
         if self.family is Family.INT or self.code in _CALCULATED:
             return (0, 1)
@@ -194,7 +189,7 @@ class QuantizerSpec:
             return (1 << int(self.bits), 1)
         if self.family is Family.VQ:
             return (1 << int(2 * self.bits), 2)
-        return (1 << self.table_bits, 2 // self.pair_steps)
+        return (1 << self.table_bits, 2)
 
     @property
     def table_bytes(self) -> int:
@@ -220,18 +215,15 @@ class QuantizerSpec:
         return codes + SCALE_BYTES * out_features + self.table_bytes
 
 
-def table_bits_of(table_bytes: int, code: TrellisCode = TrellisCode.HYB) -> int:
+def table_bits_of(table_bytes: int) -> int:
     """`QuantizerSpec.table_bits` of a trellis table of so many bytes.
 
     Raises:
         QuantizerError: no table has that size.
     """
-    point_bytes = 2 if code is TrellisCode.SCALAR else 4
-    points = table_bytes // point_bytes
-    if table_bytes % point_bytes or points & points - 1:
-        raise QuantizerError(
-            f"a trellis table takes {point_bytes} bytes for each of 2^q points; got {table_bytes} bytes."
-        )
+    points = table_bytes // 4
+    if table_bytes % 4 or points & points - 1:
+        raise QuantizerError(f"a trellis table takes 4 bytes for each of 2^q points; got {table_bytes} bytes.")
     return max(0, points.bit_length() - 1)
 
 

@@ -136,7 +136,7 @@ def quantizer_specs(quantizers: pd.DataFrame, where: str) -> dict[str, Quantizer
         default = DEFAULT_STATE_BITS if trellis else 0
         try:
             chosen = TrellisCode.HYB if code is None else TrellisCode(code)
-            table_bits = table_bits_of(int(table_bytes), chosen) if trellis else 0
+            table_bits = table_bits_of(int(table_bytes)) if trellis else 0
             state_bits = default if state is None else int(state)
             specs[label] = QuantizerSpec(Family(family), float(bits), state_bits, table_bits, chosen)
         except QuantizerError as cause:

@@ -48,8 +48,6 @@ class Division:
     run: int
     runs: int
     resident: int = _RESIDENT
-    unroll: int = 1
-    ahead: bool = False
 
     def splits(self, overlaps: int) -> int:
         """Threads that share the alternatives of an overlap."""
@@ -93,18 +91,7 @@ def source(
     """The kernel of one trellis; `seam_steps` replaces `window`."""
     macros = {"STATE_BITS": state_bits, "WIDTH": width, "STEPS": steps, "WINDOW": seam_steps or window(width)}
     macros |= {"TILES": chosen.tiles, "BLOCK_THREADS": chosen.threads, "RESIDENT": chosen.resident}
-    return Source(
-        "viterbi.cu",
-        "encode",
-        macros
-        | {
-            "RUN": chosen.run,
-            "RUNS": chosen.runs,
-            "MIRRORED": mirrored,
-            "UNROLL": chosen.unroll,
-            "AHEAD": chosen.ahead,
-        },
-    )
+    return Source("viterbi.cu", "encode", macros | {"RUN": chosen.run, "RUNS": chosen.runs, "MIRRORED": mirrored})
 
 
 def encode(

@@ -9,9 +9,6 @@ L = 16, s and 65535 - s have the same hash.
 the sum of its four bytes, or of two fp16 numbers made of its halves. A state stands for one weight. The values are
 scaled for each rate to least error on N(0,1) and rounded to fp16.
 
-SCALAR: the hash of HYB and a table of single weights. A state stands for one weight, so at the same rate twice as many
-bits of it stay from step to step: less distortion than HYB, at twice the look-ups.
-
 LUT: a table of all states, pairs.
 """
 
@@ -99,7 +96,7 @@ def state_points(
     """What every state stands for.
 
     Args:
-        codebook: ``(entries, 2)`` or, for SCALAR, ``(entries, 1)``; ignored by the codes that calculate.
+        codebook: ``(entries, 2)``; ignored by the codes that calculate.
         bits: bits per weight, for the codes that calculate.
         device: of the result; None for that of `codebook`.
 

@@ -40,7 +40,7 @@ class TrellisCoder(PairCoder):
         if pairs.is_cuda and kernel_problem(pairs.device) is None:
             from ..cuda.viterbi import encode
 
-            mirrored = self.code in (TrellisCode.HYB, TrellisCode.SCALAR) and self.state_bits == 16
+            mirrored = self.code is TrellisCode.HYB and self.state_bits == 16
             steps = encode(inputs, points, self.step_width, mirrored=mirrored)
         else:
             steps = viterbi_encode(inputs, points, self.step_width)

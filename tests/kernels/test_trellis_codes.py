@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from msq.kernels.codebooks import gaussian_error
+from msq.kernels.errors import QuantizerError
 from msq.kernels.quantize import coders, decode, from_tensors, normalized_error, quantize, tensor_shapes
 from msq.kernels.quantizers.codes import one_mad_values, state_points, three_inst_values
-from msq.kernels.specs import Family, QuantizerSpec, TrellisCode, table_bits_of
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 
 CALCULATED = [TrellisCode.ONE_MAD, TrellisCode.THREE_INST]
 
@@ -67,24 +68,12 @@ def test_codes_without_a_table_store_codes_and_scales_alone(spec):
     assert normalized_error(weight, quantized) < 1.6 * recorded
 
 
-def test_a_scalar_table_is_hashed_as_pairs_are():
-    table = torch.randn(64, 1, generator=torch.Generator().manual_seed(1)).abs().half()
-    points = state_points(table, 12, TrellisCode.SCALAR)
-    for state in (0, 5, 77, 4095):
-        hashed = state * (state + 1)
-        assert float(points[state]) == float(table[hashed >> 9 & 63]) * (-1 if hashed >> 15 & 1 else 1)
-    spec = QuantizerSpec(Family.TCQ, 3, 12, 6, TrellisCode.SCALAR)
-    assert spec.codebook_shape == (64, 1) and spec.table_bytes == 128 and table_bits_of(128, spec.code) == 6
-    weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(2))
-    quantized = quantize(weight, spec, rotation_seed=0, codebook=table)
-    assert torch.equal(decode(from_tensors(spec, 32, 64, 0, dict(quantized.tensors()))), decode(quantized))
-    assert normalized_error(weight, quantized) < 0.03
-
-
 def test_a_table_of_all_states_is_read_at_the_state():
     spec = QuantizerSpec(Family.TCQ, 2, 9, code=TrellisCode.LUT)
     table = torch.randn(512, 2, generator=torch.Generator().manual_seed(1)).half()
     weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(2))
+    with pytest.raises(QuantizerError, match="tcq-2-lut-L9 ships no table"):
+        quantize(weight, spec, rotation_seed=0)
     quantized = quantize(weight, spec, rotation_seed=0, codebook=table)
     assert normalized_error(weight, quantized) < 0.12
     (coder,) = coders(spec)

@@ -11,7 +11,7 @@
 // that a distance serves two states: 2 FFMA, 2 FADD and 2 FMNMX for both. M of every step goes to global memory, where
 // a warp for each tile then traces the path and forms the few costs it needs again, in the same order of operations.
 //
-// Macros: STATE_BITS, WIDTH, STEPS, WINDOW (see viterbi.py), TILES, BLOCK_THREADS, RESIDENT, RUN, RUNS, UNROLL, AHEAD, MIRRORED.
+// Macros: STATE_BITS, WIDTH, STEPS, WINDOW (see viterbi.py), TILES, BLOCK_THREADS, RESIDENT, RUN, RUNS, MIRRORED.
 #include "ptx.cuh"
 
 constexpr int STATES = 1 << STATE_BITS;
@@ -125,43 +125,26 @@ __device__ __forceinline__ void step(const Shared& shared, const u32* __restrict
         for (int i = 0; i < RUN; ++i)
 #pragma unroll
             for (int n = 0; n < TILES; ++n) low[g][i].of[n] = high[g][i].of[n] = INFINITE;
-    constexpr int SHARE = FAN / SPLITS;
-    int first = split * SHARE * OVERLAPS + lane * RUN;
-    u32 ahead[RUNS][RUN], ahead_mirror[RUNS][RUN];  // points are loaded one j ahead
-#pragma unroll
-    for (int g = 0; g < (AHEAD ? RUNS : 0); ++g) {
-        load_points(ahead[g], points, first + g * LANES * RUN);
-        if (!MIRRORED) load_points(ahead_mirror[g], points, STATES - RUN - (first + g * LANES * RUN));
-    }
-#pragma unroll UNROLL
-    for (int j = 0; j < SHARE; ++j) {
+#pragma unroll 1
+    for (int j = split * (FAN / SPLITS); j < (split + 1) * (FAN / SPLITS); ++j) {
 #pragma unroll
         for (int g = 0; g < RUNS; ++g) {
-            int s = first + j * OVERLAPS + g * LANES * RUN, following = s + OVERLAPS & STATES - 1;
+            int s = j * OVERLAPS + (g * LANES + lane) * RUN;
+            u32 run[RUN], mirror[RUN];
+            load_points(run, points, s);
+            if (!MIRRORED) load_points(mirror, points, STATES - RUN - s);
             Costs next = load_costs(shared.costs, s >> WIDTH);
             Costs next_mirror = load_costs(shared.costs, OVERLAPS - 1 - (s >> WIDTH));
-            Point run[RUN], mirror[RUN];
-            if (!AHEAD) {
-                load_points(ahead[g], points, s);
-                if (!MIRRORED) load_points(ahead_mirror[g], points, STATES - RUN - s);
-            }
 #pragma unroll
             for (int i = 0; i < RUN; ++i) {
-                run[i] = unpack(ahead[g][i]);
-                mirror[i] = MIRRORED ? run[i] : unpack(ahead_mirror[g][RUN - 1 - i]);
-            }
-            if (AHEAD) {
-                load_points(ahead[g], points, following);
-                if (!MIRRORED) load_points(ahead_mirror[g], points, STATES - RUN - following);
-            }
-#pragma unroll
-            for (int i = 0; i < RUN; ++i)
+                Point point = unpack(run[i]), other = MIRRORED ? point : unpack(mirror[RUN - 1 - i]);
 #pragma unroll
                 for (int n = 0; n < TILES; ++n) {
-                    float d = distance(run[i], scaled[n]), e = MIRRORED ? d : distance(mirror[i], scaled[n]);
+                    float d = distance(point, scaled[n]), e = MIRRORED ? d : distance(other, scaled[n]);
                     low[g][i].of[n] = fminf(low[g][i].of[n], d + next.of[n]);
                     high[g][i].of[n] = fminf(high[g][i].of[n], e + next_mirror.of[n]);
                 }
+            }
         }
     }
     float norms[TILES];

@@ -1,4 +1,4 @@
-"""The command line: `msq profile | plan | frontier | compare | apply | evaluate | generate | doctor | demo`.
+"""The command line, `msq COMMAND`: profile, plan, apply and what belongs to them; `msq --help` lists all.
 
 Each command only reads its arguments, calls one function of the package, and prints. Heavy imports are inside the
 commands, so that `msq plan` starts without torch. Exit codes: 0 success, 2 bad usage or input, 3 a budget that can't be
@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_planning
-from .cli_options import Device, Json, Quantizers, Seed, Tokens, Window, note, print_json
+from . import __version__, cli_checks, cli_planning, cli_profiles, cli_running
+from .cli_options import Device, EngineName, Json, Quantizers, Seed, Tokens, Window, Workers, note, print_json
 
 BAD_INPUT, INFEASIBLE = 2, 3
 
@@ -68,7 +68,13 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(help="Model directory, embedded model (ref-tiny-3m) or hub name.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Model directory, embedded model (ref-tiny-3m) or hub name; with --latency-only a config.json or "
+            "shipped shapes (llama-3.1-8b) will do."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the profile; an interrupted job goes on from it.")],
     device: Device = "cpu",
     quantizers: Quantizers = None,
@@ -88,33 +94,54 @@ def profile(
     error: Annotated[
         str, typer.Option(help="weights (data-free) or proxy (under Hessians, to be built with `apply --hessian`).")
     ] = "weights",
+    head: Annotated[
+        bool | None,
+        typer.Option("--head/--no-head", help="Plan lm_head; default: where its weight isn't the embedding's."),
+    ] = None,
+    latency_only: Annotated[
+        bool, typer.Option("--latency-only", help="Measure kernels and overhead alone; no weights are needed.")
+    ] = False,
+    context: Annotated[int | None, typer.Option(min=1, help="Tokens in the cache for the overhead.")] = None,
     seed: Seed = 0,
+    engine: EngineName = "local",
+    workers: Workers = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what is in --out and begin anew.")] = False,
     json_output: Json = False,
 ) -> None:
     """Measure what every quantizer costs every layer: loss, bytes, microseconds."""
+    from .cli_profiles import finish_profile, measure_latencies
     from .kernels.rotation import rotation_note
+    from .planner.executor.overhead import ExecutorOverhead
+    from .profiles.engines import Engine
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
     from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
 
+    specs, batches = parse_palette(quantizers, state_bits), parse_batch_sizes(batch_sizes)
+    if latency_only:
+        measure_latencies(model, out, specs, batches, context, device, restart=restart, json_output=json_output)
+        return
     settings = ProfileSettings(
-        specs=parse_palette(quantizers, state_bits),
+        specs=specs,
         method=parse_loss_method(loss),
         text=text,
-        batch_sizes=parse_batch_sizes(batch_sizes),
+        batch_sizes=batches,
         tokens=tokens,
         window=window,
         noise=noise,
         seed=seed,
         device=device,
         error=error,
+        head=head,
+        **({} if context is None else {"context": context}),
     )
-    try:
-        done = run_profile(resolve_model(model), out, settings, name=model, restart=restart)
-    except KeyboardInterrupt:
-        note(f"\nmsq: interrupted; finished rows are in {out}, the same command goes on from them.")
-        sys.exit(130)
+    who, overhead = Engine(engine, workers), ExecutorOverhead()
+    done = finish_profile(
+        lambda: run_profile(
+            resolve_model(model), out, settings, name=model, overhead=overhead, restart=restart, engine=who
+        ),
+        out,
+    )
     for remark in filter(None, map(rotation_note, sorted(set(done.layers["in_features"])))):
         note(f"msq: {remark}.")
     facts = {"profile": str(out), "digest": done.digest, "layers": len(done.layers), "quantizers": len(done.quantizers)}
@@ -124,6 +151,7 @@ def profile(
         print(f"profile of {facts['layers']} layers x {facts['quantizers']} quantizers in {out}")
 
 
+app.command()(cli_profiles.combine)
 app.command()(cli_planning.plan)
 app.command()(cli_planning.frontier)
 app.command()(cli_planning.compare)
@@ -142,12 +170,15 @@ def apply(
     window: Window = 512,
     seed: Seed = 0,
     device: Device = "cpu",
+    engine: EngineName = "local",
+    workers: Workers = None,
     json_output: Json = False,
 ) -> None:
-    """Quantize a model as planned and save the checkpoint; an interrupted collection of Hessians goes on."""
+    """Quantize a model as planned and save the checkpoint; an interrupted command goes on when it is repeated."""
     from .planner.errors import PlanError
-    from .planner.executor.apply import apply_plan
+    from .planner.executor.apply import apply_plan, work_directory
     from .planner.plan import load_plan
+    from .profiles.engines import Engine
     from .profiles.hessians import calibration
     from .profiles.model_source import resolve_model
 
@@ -156,7 +187,12 @@ def apply(
     promised = load_plan(plan)
     directory = resolve_model(model)
     calibrated = calibration(directory, text, tokens=tokens, window=window, seed=seed) if hessian else None
-    applied = apply_plan(directory, promised, out, device=device, hessian=calibrated)
+    who = Engine(engine, workers)
+    try:
+        applied = apply_plan(directory, promised, out, device=device, hessian=calibrated, engine=who)
+    except KeyboardInterrupt:
+        note(f"\nmsq: interrupted; finished layers are in {work_directory(out)}, the same command goes on from them.")
+        sys.exit(130)
     facts = {
         "hessian": calibrated and (calibrated.text or "data-free"),
         "checkpoint": str(out),
@@ -168,6 +204,9 @@ def apply(
         print_json(facts)
     else:
         print(f"{facts['layers']} layers in {applied.memory_bytes} bytes, as promised; checkpoint in {out}")
+
+
+app.command()(cli_checks.check)
 
 
 @app.command()
@@ -198,26 +237,8 @@ def evaluate(
         print(f"KL to {reference}: {result.kl:.6f} nats per token")
 
 
-@app.command()
-def generate(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint or model.")],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
-    device: Device = "cpu",
-    json_output: Json = False,
-) -> None:
-    """Go on from a prompt, greedily."""
-    from .experiments.evaluate import load_any
-    from .planner.executor.generate import generate_text
-    from .profiles.model_source import resolve_model
-    from .profiles.models import load_tokenizer
-
-    directory = resolve_model(checkpoint)
-    text = generate_text(load_any(directory, device), load_tokenizer(directory), prompt, max_tokens)
-    if json_output:
-        print_json({"prompt": prompt, "text": text})
-    else:
-        print(prompt + text)
+app.command()(cli_running.generate)
+app.command()(cli_running.benchmark)
 
 
 @app.command()

@@ -24,6 +24,16 @@ Implementations = Annotated[
 Fusion = Annotated[bool, typer.Option("--fusion/--no-fusion", help="Whether layers may run as one kernel.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+EngineName = Annotated[
+    str,
+    typer.Option("--engine", help="local (this machine) or ray (the cluster at RAY_ADDRESS, else one started here)."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Processes that encode; default: one a GPU, on a CPU one a core where the model is large enough."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]

@@ -61,6 +61,10 @@ def plan(
     stability: Annotated[
         int, typer.Option(min=0, help="Resample the sensitivities so often and count how choices change.")
     ] = 0,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(help="What `msq benchmark --json` printed: puts the profile's overheads right first; repeatable."),
+    ] = None,
     solver: Annotated[
         str | None, typer.Option(help="Backend; `msq doctor` lists them. Default: exact; scip with same/distinct.")
     ] = None,
@@ -82,6 +86,8 @@ def plan(
     if out is not None:
         check_writable(out, PlanError)
     measured = load(profile)
+    if calibrate:
+        measured = _calibrated(measured, profile, calibrate)
     if stability:
         standard_errors(measured)
     found = find_plan(
@@ -114,6 +120,19 @@ def plan(
         _print_stability(moved, found.constrained.built.profile.layer_names)
 
 
+def _calibrated(measured: Profile, directory: Path, benchmarks: list[Path]) -> Profile:
+    """The profile with its overheads put right, in memory and on disk; says how far runs and promises are apart."""
+    from .planner.calibrate import calibrate, load_run
+
+    found, steps = calibrate(measured, directory, [load_run(path) for path in benchmarks])
+    for step in steps:
+        note(
+            f"msq: {benchmarks[step.run]}, batch {step.batch_size}: {step.measured_us:.1f} us a step, promised "
+            f"{step.promised_us:.1f}, calibrated {step.calibrated_us:.1f} ({100 * step.error:+.1f}%)"
+        )
+    return found
+
+
 def _print_plan(found: Plan) -> None:
     from .experiments.plan_map import plan_map
 
@@ -122,7 +141,9 @@ def _print_plan(found: Plan) -> None:
     promised, report = found.promised, found.solver
     bound = "no bound" if report.gap is None else f"proven gap {100 * report.gap:.3g}% of it"
     print(f"loss {promised.loss:.6g} ({report.status}, {bound}; {report.name}, {report.seconds:.2f} s)")
-    print(f"memory {promised.memory_bytes} bytes, {promised.bits_per_weight:.4f} bits per weight")
+    rest = found.model.unplanned_bytes
+    whole = "" if rest is None else f"; {promised.memory_bytes + rest} with embeddings and all that stays as it is"
+    print(f"memory {promised.memory_bytes} bytes, {promised.bits_per_weight:.4f} bits per weight{whole}")
     for batch, latency in promised.latency_us.items():
         shown = "not profiled" if latency is None else f"{latency:.1f} us a step, {batch * 1e6 / latency:.1f} tokens/s"
         print(f"latency at batch {batch}: {shown} on {found.profile.device}")

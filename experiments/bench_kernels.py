@@ -16,13 +16,11 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -32,12 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.cuda.decode import kernel_arguments, new_workspace
-from ..kernels.cuda.jit import Kernel, Source, compile_cubin, device_arch, load
+from ..kernels.cuda.jit import Kernel, Source, device_arch, load
+from ..kernels.cuda.precompile import compile_all
 from ..kernels.cuda.tuning import Tuning, device_limits
 from ..kernels.specs import QuantizerSpec, default_palette, match_labels
+from ..profiles.kernel_timing import Pool, time_launches
 from .kernel_checks import check_all, check_sources
 from .kernel_sweep import H200, SHAPES, Case, cases, launch_of
-from .kernel_timing import Pool, time_launches
 
 _POOL_BYTES = 640 << 20
 _ROW_TILES_ARGUMENT = 8
@@ -49,18 +48,10 @@ _QUICK = "nuq-2,nuq-3,nuq-4,vq-2,vq-3,vq-4,int-2,int-3,int-4,tcq-2,tcq-3,tcq-3.5
 _SWEPT = ("nuq-2", "nuq-3", "nuq-4", "tcq-2", "tcq-3", "tcq-4")
 
 
-def compile_one(source: Source, arch: str) -> float:
-    """Compile one kernel into the cache; the seconds it took."""
-    begun = time.perf_counter()
-    compile_cubin(source, arch)
-    return time.perf_counter() - begun
-
-
-def compile_all(sources: list[Source], arch: str, processes: int) -> None:
+def compile_sources(sources: list[Source], arch: str, processes: int) -> None:
     """Fill the cache of compiled kernels, and say how long one takes."""
     begun = time.perf_counter()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        times = sorted(pool.map(compile_one, sources, itertools.repeat(arch), chunksize=4))
+    times = sorted(compile_all(sources, arch, processes))
     print(
         f"{len(times)} kernels for {arch} in {time.perf_counter() - begun:.1f} s with {processes} processes; "
         f"one took {times[len(times) // 2]:.2f} s (median), {times[-1]:.2f} s (longest)",
@@ -278,7 +269,7 @@ def main() -> None:
     if not arguments.no_checks:
         sources += check_sources(limits, thorough=not arguments.quick)
     arch = "sm_90" if arguments.dry else device_arch(torch.device("cuda"))
-    compile_all(list(dict.fromkeys(sources)), arch, arguments.processes)
+    compile_sources(list(dict.fromkeys(sources)), arch, arguments.processes)
     if not arguments.dry:
         sys.exit(min(measure(arguments, planned, sorted({spec.bits for spec in specs})), 1))
 

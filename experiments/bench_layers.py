@@ -2,7 +2,8 @@
 
     python -m msq.experiments.bench_layers --out results/layers.csv      under two minutes, kernels in cache or not
 
-Rows (`what`): `rotate`, `rotate_normed`, `rotate_gated` (input in the second-level cache, as it is in a model),
+Rows (`what`): `rotate`, `rotate_normed`, `rotate_added`, `rotate_gated` (input in the second-level cache, as it is in a
+model), `attend` (a step of attention, keys from memory),
 `divide` (rotations of one row under other divisions of work), `layer` (rotation and product through the operators,
 weights from memory), `multiply` (the product alone), `decode`, `dequantize`, `cublas` (where decoding stops to pay),
 `host` (the processor's time for one call of an operator), `compile` and `cached` (first use of a kernel by a process,
@@ -27,16 +28,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.cuda import hadamard, jit, ops
+from ..kernels.cuda import attention, hadamard, jit, ops
 from ..kernels.cuda.cubin_cache import DIRECTORY_VARIABLE
 from ..kernels.cuda.decode import kernel_arguments, new_workspace, ready
 from ..kernels.cuda.dequantize import dequantize
-from ..kernels.cuda.hadamard import RotationTables, division, fuses_norm, matrix_table, passes, rotation_tables
 from ..kernels.cuda.layout import PreparedWeight
+from ..kernels.cuda.rotation_plan import (
+    SHARED_LIMIT,
+    RotationTables,
+    division,
+    fuses_norm,
+    matrix_table,
+    passes,
+    rotation_tables,
+)
 from ..kernels.specs import Family, QuantizerSpec
+from ..profiles.kernel_timing import Pool, time_launches
 from .bench_kernels import environment
 from .kernel_sweep import SHAPES
-from .kernel_timing import Pool, time_launches
 
 SIZES = (2048, 4096, 5120, 8192, 11008, 13824, 14336, 28672)
 SPECS = (QuantizerSpec(Family.NUQ, 3), QuantizerSpec(Family.TCQ, 3, 16), QuantizerSpec(Family.INT, 4))
@@ -63,6 +72,7 @@ def rotation_calls(size: int, rows: int, device: torch.device) -> Iterator[tuple
     yield "rotate", partial(hadamard.rotate, gate, tables)
     if fuses_norm(size):
         yield "rotate_normed", partial(hadamard.rotate_normed, gate, weight, 1e-5, tables)
+        yield "rotate_added", partial(hadamard.rotate_added, gate, up, weight, 1e-5, tables)
     yield "rotate_gated", partial(hadamard.rotate_gated, gate, up, tables)
 
 
@@ -72,10 +82,26 @@ def rotations(device: torch.device) -> Iterator[Row]:
             yield row(name, str(size), rows, time_launches([call]))
 
 
+def attentions(device: torch.device) -> Iterator[Row]:
+    """A step of attention as in Llama-3.1-8B, the caches of 32 blocks in turn, so that keys come from memory."""
+    heads, key_heads, size = 32, 8, 128
+    for batch, context in itertools.product((1, 8), (256, 4096)):
+        capacity = context + 16
+        caches = torch.randn(32, 2, batch, key_heads, capacity, size, device=device, dtype=torch.float16)
+        q = torch.randn(batch, heads * size, device=device).half()
+        k, v = torch.randn(2, batch, key_heads * size, device=device).half()
+        angles = torch.rand(capacity, size // 2, device=device)
+        positions = torch.full((batch,), context, dtype=torch.int32, device=device)
+        given = q, k, v, attention.Turning(angles.cos(), angles.sin()), positions
+        workspace = attention.new_workspace(heads, key_heads, size, batch, capacity, device)
+        calls = [partial(attention.attend, *given, *cache, scale=0.1, workspace=workspace) for cache in caches]
+        yield row("attend", "32/8 heads of 128", batch, time_launches(calls), f"context={context}")
+
+
 def divisions(device: torch.device) -> Iterator[Row]:
     """One row of single-pass sizes: warps and outputs of a block."""
     for size, warps_k, group in itertools.product((4096, 14336), (1, 2, 4, 8), (1, 2, 4, 8)):
-        if 8 * 32 * 4 * warps_k * group > hadamard.SHARED_LIMIT:
+        if 8 * 32 * 4 * warps_k * group > SHARED_LIMIT:
             continue
         (step,) = passes(size, False)
         split = replace(division(step, False), warps_k=warps_k, group=group)
@@ -83,7 +109,7 @@ def divisions(device: torch.device) -> Iterator[Row]:
         tables = rotation_tables(size, 0, device)
         code = hadamard.source(step, split, dtypes=(x.dtype, x.dtype), signs=True, norm=False, gate=False)
         matrix = matrix_table(step, group).to(device)
-        arguments = (x, size, None, 0, out, tables.signs, matrix, size**-0.5, 0.0)
+        arguments = (x, size, None, 0, out, tables.signs, matrix, size**-0.5, 0.0, None, 0, None)
         kernel = jit.load(code, device)
         call = partial(kernel.launch, step.order // group, 32 * warps_k, arguments, programmatic=True)
         yield row("divide", str(size), 1, time_launches([call]), f"warps_k={warps_k} group={group}")
@@ -196,18 +222,24 @@ def first_uses(device: torch.device) -> Iterator[Row]:
         os.environ[DIRECTORY_VARIABLE] = kept
 
 
+_PARTS = {
+    part.__name__: part for part in (first_uses, layers, rotations, attentions, host_times, divisions, long_inputs)
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("layers.csv"))
     parser.add_argument("--seconds", type=float, default=110.0, help="start no further part after this long")
     parser.add_argument("--commit", help="to be recorded; git's by default")
+    parser.add_argument("--parts", default=",".join(_PARTS), help="comma-separated")
     arguments = parser.parse_args()
     device = torch.device("cuda", torch.cuda.current_device())
     common, begun = environment(device, arguments.commit), time.perf_counter()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with arguments.out.open("w", newline="") as file:
         writer = None
-        for part in (first_uses, layers, rotations, host_times, divisions, long_inputs):
+        for part in (_PARTS[name] for name in arguments.parts.split(",")):
             if time.perf_counter() - begun > arguments.seconds:
                 print(f"out of time before {part.__name__}")
                 break

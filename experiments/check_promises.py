@@ -31,8 +31,7 @@ from ..profiles.model_source import resolve_model
 from ..profiles.models import choose_device, load_model, load_tokenizer, random_windows, token_windows
 from ..profiles.options import parse_palette
 from ..profiles.quantizer_errors import read_weight
-from ..profiles.schema import MANIFEST_FILE
-from ..profiles.sensitivity import replaced
+from ..profiles.schema import HEAD, MANIFEST_FILE
 from ..profiles.tables import Profile, load_profile
 from .demo import PALETTE, STATE_BITS, help_text_windows
 from .evaluate import evaluate
@@ -63,19 +62,16 @@ def single_layer_swaps(model: nn.Module, directory: Path, profile: Profile, wind
     recordings = [blockwise.record(tokens.to(device)) for tokens in (windows, fresh)]
     table = profile.quantizers.sort_values("gaussian_error")
     labels = [table["quantizer"][table["bits_per_weight"] == bits].iloc[0] for bits in _SWAP_BITS]
-    seed = profile.manifest.loss.seed or 0
-    sensitivity = dict(zip(profile.layers["layer"], profile.layers["sensitivity"], strict=True))
+    seed = profile.loss.seed or 0
+    sensitivity = dict(zip(profile.layer_names, profile.sensitivities, strict=True))
     rows, columns = list(profile.layer_names), list(profile.labels)
     swaps = []
-    for layer in inventory(directory).layers:
+    for layer in inventory(directory, head=HEAD in profile.layer_names).layers:
         weight = read_weight(directory, layer).to(device)
         for label in labels:
             quantized = quantize(weight, profile.spec(label), rotation_seed=input_seed(layer.fusion_group, seed))
-            with replaced(model.get_parameter(f"{layer.name}.weight"), dequantize(quantized)):
-                kl = [
-                    float(blockwise.kl_per_window(recording, blockwise.resume(recording, layer.block)).mean())
-                    for recording in recordings
-                ]
+            changed = dequantize(quantized)
+            kl = [float(blockwise.kl_of_change(recording, layer, changed).mean()) for recording in recordings]
             error = float(profile.error_matrix[rows.index(layer.name), columns.index(label)])
             swaps.append(Swap(layer.name, label, float(sensitivity[layer.name]) * error, *kl))
     return swaps

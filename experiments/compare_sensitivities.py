@@ -61,7 +61,7 @@ def sensitivities_by(
 def ranking(profile: Profile, swaps: Sequence[Swap]) -> tuple[float, float]:
     """Spearman correlation of a_l * err with the measured KL of swaps: on the text, and on random tokens."""
     rows, columns = list(profile.layer_names), list(profile.labels)
-    sensitivity = profile.layers["sensitivity"].to_numpy()
+    sensitivity = profile.sensitivities
     promised = []
     for swap in swaps:
         row = rows.index(swap.layer)

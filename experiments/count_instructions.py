@@ -85,10 +85,9 @@ def wavefronts(opcode: str, operands: str) -> int:
 
 def count(spec: QuantizerSpec, arch: str, nvdisasm: str) -> dict[str, object]:
     """One row: instructions a pair of weights in the kernel for one token of 4096 x 4096."""
-    shape = (spec, 4096, 4096, 1, torch.float16, _LIMITS)
-    tuning = tune(*shape)
+    tuning = tune(spec, 4096, 4096, 1, _LIMITS)
     assert tuning is not None
-    launch = launch_for(*shape, tuning)
+    launch = launch_for(spec, 4096, 4096, 1, torch.float16, _LIMITS, tuning)
     assert launch is not None
     code = compile_cubin(launch.source, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

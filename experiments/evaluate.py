@@ -18,7 +18,8 @@ from ..profiles.errors import ProfileError
 from ..profiles.models import choose_device, load_model
 from ..profiles.progress import progress
 
-_LOGITS_AT_ONCE = 1 << 24
+_LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
+"""Logits of a batch; on a GPU many, since the reference implementation decodes the weights for each."""
 _LARGEST_LOSS = 700.0
 """Nats per token above which a perplexity is beyond float64."""
 
@@ -38,11 +39,20 @@ class Evaluation:
     tokens: int
 
 
-def load_any(directory: Path, device: str = "cpu") -> nn.Module:
-    """An msq checkpoint or a stock model, ready to run."""
+def load_any(directory: Path, device: str = "cpu", *, implementation: str | None = None) -> nn.Module:
+    """An msq checkpoint or a stock model, ready to run.
+
+    Args:
+        implementation: of a checkpoint's layers, as for `load_checkpoint`.
+    """
     if is_checkpoint(directory):
-        return load_checkpoint(directory, device=device)
-    return load_model(directory, choose_device(device))
+        return load_checkpoint(directory, device=device, implementation=implementation)
+    model = load_model(directory, choose_device(device))
+    if getattr(model, "hf_quantizer", None) is None:
+        return model
+    from ..planner.executor.transformers_plugin import to_device  # transformers saved this one: no msq.yaml beside it
+
+    return to_device(model, device, implementation=implementation)
 
 
 @torch.inference_mode()
@@ -66,7 +76,7 @@ def evaluate(model: nn.Module, windows: Tensor, *, reference: nn.Module | None =
             "give the model that was quantized."
         )
     device = next(iter(model.parameters())).device
-    batches = windows.split(max(1, _LOGITS_AT_ONCE // (length * vocabulary)))
+    batches = windows.split(max(1, _LOGITS_AT_ONCE[device.type] // (length * vocabulary)))
     loss = divergence = 0.0
     with progress("evaluating", len(batches)) as advance:
         for batch in batches:

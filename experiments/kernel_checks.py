@@ -89,9 +89,9 @@ def check_product(
 
 CHECK_TUNINGS = [
     None,
-    Tuning(8, depth=4, splits=2),
-    Tuning(4, depth=2, splits=3, signed=False, resident=2),
-    Tuning(16, depth=3, replicas=16, waves=2),
+    Tuning(8, rows=1, splits=2),
+    Tuning(4, row_groups=2, splits=3, signed=False, resident=2),
+    Tuning(16, rows=1, row_groups=4, replicas=16, waves=2),
 ]
 
 
@@ -137,7 +137,7 @@ def check_sources(limits: Limits, thorough: bool) -> Iterator[Source]:
         for rate, dtype in itertools.product(spec.rates, (torch.float16, torch.bfloat16)):
             yield dequantize_source(spec, rate, dtype)[0]
     for spec, shape, batch, dtype, _, tuning in check_cases(thorough):
-        chosen = tuning or tune(spec, *shape, batch, dtype, limits)
+        chosen = tuning or tune(spec, *shape, batch, limits)
         launch = None if chosen is None else launch_for(spec, *shape, batch, dtype, limits, chosen)
         if launch is not None:
             yield launch.source

@@ -29,23 +29,17 @@ class Case:
 
 
 DIVISIONS = [
-    Tuning(16),
-    Tuning(16, depth=2),
-    Tuning(16, depth=3),
-    Tuning(16, depth=4),
-    Tuning(16, resident=2),
+    Tuning(),
+    Tuning(rows=1),
+    Tuning(row_groups=2),
+    Tuning(rows=1, row_groups=2),
+    Tuning(8),
     Tuning(12),
-    Tuning(16, depth=5),
-    Tuning(8, depth=4),
-    Tuning(8, depth=6),
-    Tuning(8, depth=4, resident=2),
-    Tuning(8, depth=3, blocks=2),
-    Tuning(8, depth=4, blocks=2),
-    Tuning(24, depth=2),
-    Tuning(32, depth=2),
-    Tuning(32, depth=3),
-    Tuning(16, splits=2),
-    Tuning(16, waves=2),
+    Tuning(24, rows=1),
+    Tuning(row_groups=4),
+    Tuning(8, rows=1, resident=2),
+    Tuning(8, rows=1, blocks=2),
+    Tuning(splits=2),
 ]
 """Ways to divide the work, the likeliest first."""
 
@@ -76,7 +70,7 @@ def default_cases(specs: list[QuantizerSpec], swept: list[QuantizerSpec], limits
     def chosen(
         spec: QuantizerSpec, shape: str, batch: int, mode: str = "cold", programmatic: bool = False
     ) -> list[Case]:
-        tuning = tune(spec, *SHAPES[shape], batch, torch.float16, limits)
+        tuning = tune(spec, *SHAPES[shape], batch, limits)
         return [] if tuning is None else [Case(spec, shape, batch, tuning, mode, programmatic)]
 
     for spec, programmatic, shape in itertools.product(specs, (False, True), SHAPES):
@@ -98,7 +92,7 @@ def cases(specs: list[QuantizerSpec], swept: list[QuantizerSpec], limits: Limits
         ):
             if tuning is not None:
                 yield Case(spec, shape, 1, tuning, programmatic=programmatic)
-    for spec, batch, shape, splits, warps in itertools.product(swept, (8, 16), SHAPES, (1, 2, 4), (16, 8, 12)):
+    for spec, batch, shape, splits, warps in itertools.product(swept, (8, 16), SHAPES, (1, 2), (16, 8)):
         for replicas, signed in tables(spec)[: 2 if spec.has_trellis else 1]:
             yield Case(spec, shape, batch, Tuning(warps, splits=splits, replicas=replicas, signed=signed))
 

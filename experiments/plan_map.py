@@ -18,15 +18,19 @@ _SHORT = {Family.HALF_TCQ: "half"}
 
 
 def plan_map(plan: Plan) -> Table:
-    """The map, 76 columns wide for the seven layers of a dense block."""
+    """The map, 76 columns wide for the seven layers of a dense block; layers outside the blocks are in the caption."""
     by_block: dict[str, dict[str, PlannedLayer]] = {}
+    caption = Text("+ runs as one kernel with a layer to its left; half is half-tcq")
     for entry in plan.layers:
         block, role = _place(entry.layer)
-        by_block.setdefault(block, {})[role] = entry
+        if block:
+            by_block.setdefault(block, {})[role] = entry
+        else:
+            caption = Text(f"{role}").append(_cell(plan, entry)).append("\n").append(caption)
     roles = list(dict.fromkeys(role for layers in by_block.values() for role in layers))
     table = Table(
         title=f"{plan.model.name}: family and bits of every layer",
-        caption="+ runs as one kernel with a layer to its left; half is half-tcq",
+        caption=caption,
         title_justify="left",
         caption_justify="left",
         box=None,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..profiles.job import describe_device
+from ..profiles.device import describe_device
 from ..profiles.models import choose_device
 
 

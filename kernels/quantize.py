@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class QuantizedWeight:
         yield "scales", self.scales
         if self.codebook.numel():
             yield "codebook", self.codebook
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The same on another device."""
+        packed = tuple(part.to(device) for part in self.packed)
+        return replace(self, packed=packed, scales=self.scales.to(device), codebook=self.codebook.to(device))
 
     @property
     def size_bytes(self) -> int:

@@ -29,12 +29,19 @@ class _Part(BaseModel):
 
 
 class PlanModel(_Part):
-    """The model that the plan is for; `digest` is that of the measured weights, null where the profile has none."""
+    """The model that the plan is for.
+
+    Attributes:
+        digest: of the measured weights, null where the profile has none.
+        unplanned_bytes: of what the plan leaves as it is (embeddings, norms, biases, an unplanned head), null where the
+            profile doesn't tell; with the promised bytes, the whole model.
+    """
 
     name: Name
     architecture: Name
     blocks: int = Field(ge=1)
     digest: Digest | None = None
+    unplanned_bytes: int | None = Field(default=None, ge=0)
 
 
 class PlanProfile(_Part):

@@ -20,8 +20,9 @@ import pandas as pd
 
 from ..kernels.errors import QuantizerError
 from ..kernels.specs import match_labels
+from ..profiles.rules import near
 from ..profiles.schema import LATENCY
-from ..profiles.tables import Profile, near
+from ..profiles.tables import Profile
 from ..solvers.partitions import has_partition
 from ..solvers.problem import Problem, column_order
 from .budget import Budget, check_distinct
@@ -130,7 +131,7 @@ def build_problem(
     first = ~layers["fusion_group"].duplicated().to_numpy()
     start = np.append(np.flatnonzero(first), len(layers)).astype(np.int64)
     chosen = np.array([profile.labels.index(label) for label in labels])
-    sensitivity = layers["sensitivity"].to_numpy(np.float64)
+    sensitivity = profile.sensitivities
     losses = sensitivity[:, None] * profile.error_matrix[:, chosen]
     sizes = profile.size_matrix[:, chosen]
 

@@ -106,7 +106,7 @@ def sample_sensitivities(built: BuiltProblem, samples: int, seed: int) -> Floats
     """
     if samples < 1:
         raise PlanError(f"expected at least one sample; got {samples}.")
-    measured = built.profile.layers["sensitivity"].to_numpy(np.float64)
+    measured = built.profile.sensitivities
     noise = np.random.default_rng(seed).normal(size=(samples, measured.size))
     return np.maximum(measured + noise * standard_errors(built.profile), 0.0)
 
@@ -168,7 +168,7 @@ def robust_solution(
         raise PlanError("expected a solution with a plan to start from; solve the ordinary problem first.")
     problem = constrained.problem
     errors = standard_errors(constrained.built.profile)
-    measured = constrained.built.profile.layers["sensitivity"].to_numpy(np.float64)
+    measured = constrained.built.profile.sensitivities
     drawn = sample_sensitivities(constrained.built, 2 * samples, seed)
     cover = _LayerErrors(constrained)
     z = NormalDist().inv_cdf(quantile)

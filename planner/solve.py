@@ -175,12 +175,13 @@ def plan_of(built: BuiltProblem, solution: Solution) -> Plan:
             architecture=manifest.model.architecture,
             blocks=manifest.model.blocks,
             digest=manifest.model.digest,
+            unplanned_bytes=manifest.model.unplanned_bytes,
         ),
         profile=PlanProfile(
             digest=profile.digest,
             device=manifest.device.name,
-            seed=manifest.loss.seed or 0,
-            error=manifest.loss.error,
+            seed=profile.loss.seed or 0,
+            error=profile.loss.error,
         ),
         budgets=tuple(
             PlanBudget(text=b.text, resource=b.resource, cap=float(cap), batch_size=b.batch_size)
@@ -217,6 +218,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "gap": report.gap,
         "loss": promised.loss,
         "memory_bytes": promised.memory_bytes,
+        "model_bytes": None
+        if plan.model.unplanned_bytes is None
+        else promised.memory_bytes + plan.model.unplanned_bytes,
         "bits_per_weight": promised.bits_per_weight,
         "latency_us": {str(batch): latency for batch, latency in promised.latency_us.items()},
         "budgets": [budget.model_dump(mode="json") for budget in plan.budgets],
@@ -245,7 +249,7 @@ def promise(profile: Profile, layers: Sequence[PlannedLayer]) -> Promise:
         raise PlanError(f"expected an assignment of the profile's {len(position)} layers; got {len(layers)}.")
     column = {label: i for i, label in enumerate(profile.labels)}
     cells = [(position[entry.layer], column[entry.quantizer]) for entry in layers]
-    sensitivity = profile.layers["sensitivity"].to_numpy(np.float64)
+    sensitivity = profile.sensitivities
     memory = math.fsum(profile.size_matrix[cell] for cell in cells)
     return Promise(
         loss=math.fsum(float(sensitivity[cell[0]]) * float(profile.error_matrix[cell]) for cell in cells),

@@ -7,12 +7,17 @@ Qwen2 and Qwen3 models of transformers, whose decoder is a list of blocks, a nor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .inventory import LayerInfo
+from .schema import HEAD
 
 _LOGITS_AT_ONCE = 1 << 24
 """Logits that `BlockwiseModel.kl_per_window` forms at a time."""
@@ -61,6 +66,21 @@ class BlockwiseModel:
                 handle.remove()
         return Recording([*hidden, last[0]], arguments)
 
+    def kl_of_change(self, recording: Recording, layer: LayerInfo, weight: Tensor) -> Tensor:
+        """Mean KL(original || changed) over the tokens of each window when one layer has another weight.
+
+        Args:
+            weight: of `layer`, ``(out_features, in_features)``; the model has its own again when this returns.
+
+        Returns:
+            ``(windows,)`` float64, nats.
+        """
+        if layer.role == HEAD:  # not replaced: it may be the embedding's weight too
+            return self.kl_per_window(recording, recording.hidden[-1], head=weight)
+        with replaced(self.model.get_parameter(f"{layer.name}.weight"), weight):
+            changed = self.resume(recording, layer.block)
+        return self.kl_per_window(recording, changed)
+
     @torch.inference_mode()
     def resume(self, recording: Recording, block: int) -> Tensor:
         """What leaves the last block when blocks from `block` on run again, ``(windows, length, hidden_size)``."""
@@ -70,18 +90,22 @@ class BlockwiseModel:
         return hidden
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Norm and head: ``(..., hidden_size)`` -> ``(..., vocabulary)``."""
-        logits: Tensor = self.model.lm_head(self.decoder.norm(hidden))
+    def logits(self, hidden: Tensor, head: Tensor | None = None) -> Tensor:
+        """Norm and head: ``(..., hidden_size)`` -> ``(..., vocabulary)``; `head` is a weight in place of its own."""
+        normed = self.decoder.norm(hidden)
+        if head is not None:
+            return F.linear(normed, head.to(normed.dtype), self.model.lm_head.bias)
+        logits: Tensor = self.model.lm_head(normed)
         return logits
 
     @torch.inference_mode()
-    def kl_per_window(self, recording: Recording, changed: Tensor) -> Tensor:
+    def kl_per_window(self, recording: Recording, changed: Tensor, *, head: Tensor | None = None) -> Tensor:
         """Mean KL(original || changed) over the tokens of each window, nats, ``(windows,)`` float64.
 
         Args:
             recording: the unchanged pass.
             changed: what leaves the last block now, ``(windows, length, hidden_size)``.
+            head: weight of the changed model's head, ``(vocabulary, hidden_size)``; None where it is the original's.
         """
         windows, length, _ = changed.shape
         rows = max(1, _LOGITS_AT_ONCE // self.model.config.vocab_size)
@@ -89,7 +113,7 @@ class BlockwiseModel:
         if len(original) == 1 and recording.logits is None:  # small enough to keep
             recording.logits = self.logits(original[0])
         parts = [
-            token_kl(self.logits(before) if recording.logits is None else recording.logits, self.logits(after))
+            token_kl(self.logits(before) if recording.logits is None else recording.logits, self.logits(after, head))
             for before, after in zip(original, changed.flatten(0, 1).split(rows), strict=True)
         ]
         return torch.cat(parts).view(windows, length).mean(dim=1)
@@ -100,3 +124,14 @@ def token_kl(original: Tensor, changed: Tensor) -> Tensor:
     log_p = F.log_softmax(original.float(), dim=-1)
     log_q = F.log_softmax(changed.float(), dim=-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64)
+
+
+@contextmanager
+def replaced(weight: Tensor, values: Tensor) -> Iterator[None]:
+    """Other values for a parameter inside a `with` block."""
+    original = weight.data
+    weight.data = values.to(original.dtype)
+    try:
+        yield
+    finally:
+        weight.data = original

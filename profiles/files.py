@@ -11,16 +11,26 @@ import csv
 import difflib
 import hashlib
 import io
+import json
 import os
+import re
 import secrets
+import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from .errors import ProfileError
+
+if sys.platform != "win32":
+    import fcntl
+
+JOB_FILE = "job.json"
+"""Says in a working directory which job its files belong to."""
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")
 
 
 def check_writable(path: Path, error: type[ValueError] = ProfileError) -> None:
@@ -66,6 +76,60 @@ def write_atomic(path: Path, content: bytes | str, error: type[ValueError] = Pro
         raise error(f"can't write {path}: {cause.strerror or cause}.") from cause
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep_temporaries(directory: Path) -> None:
+    """Removes what `write_atomic` left in a directory when it was killed; no other process may be writing there."""
+    for path in directory.glob(".*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def try_lock(file: IO[bytes]) -> bool:
+    """Locks a file until it is closed, unless someone else holds it; the system frees it when this process ends.
+
+    Windows has no such locks: there every lock is given.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+def claim_directory(directory: Path, job: dict[str, Any], what: str, error: type[ValueError] = ProfileError) -> None:
+    """Makes a directory the working place of one job, or checks that it is that already.
+
+    Args:
+        directory: made if missing; new, empty or this job's.
+        job: settings that its files depend on, JSON values only; kept in `JOB_FILE`.
+        what: kind of files, for messages.
+
+    Raises:
+        error: the directory can't be written, or holds another job's files or others.
+    """
+    path = directory / JOB_FILE
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            found = json.loads(path.read_bytes())
+            if found != job:
+                changed = ", ".join(key for key in job if found.get(key) != job[key])
+                raise error(
+                    f"{directory} holds {what} made with other settings ({changed}); remove it, or repeat the command "
+                    "that made them."
+                )
+        elif any(not entry.name.startswith(".") for entry in directory.iterdir()):  # a dot: a write that was killed
+            raise error(f"{directory} holds other files than {what}; remove it, or choose another directory.")
+        else:
+            write_atomic(path, json.dumps(job, indent=2) + "\n", error)
+    except OSError as cause:
+        raise error(f"can't write {what} to {directory}: {cause.strerror or cause}.") from cause
+    sweep_temporaries(directory)
 
 
 def sha256_file(path: Path) -> str:

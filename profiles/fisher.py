@@ -23,7 +23,9 @@ from ..kernels.rotation import input_seed
 from .errors import ProfileError
 from .inventory import LayerInfo
 from .journal import Journal
+from .model_config import EMBEDDING, HEAD_WEIGHT
 from .progress import progress
+from .schema import HEAD
 from .sensitivity import Sensitivity, estimate, window_groups
 
 
@@ -39,7 +41,8 @@ def measure_fisher(
     """One backward pass for each group of windows; groups already in the journal are not measured again.
 
     Args:
-        model: the stock model; unchanged when this returns.
+        model: the stock model; unchanged when this returns, but for a tied head that is among the layers: it gets a
+            weight of its own.
         tokens: ``(windows, length)`` int64, at least two windows; cut into groups of nearly equal size.
         seed: of the labels.
         windows_per_group: windows that are in memory together.
@@ -47,6 +50,9 @@ def measure_fisher(
     Raises:
         ProfileError: a gradient is not finite.
     """
+    if any(layer.stored_as == EMBEDDING for layer in layers):  # else its gradient would be the embedding's too
+        head = model.get_submodule(HEAD)
+        head.weight = nn.Parameter(model.get_parameter(HEAD_WEIGHT).detach().clone())
     weights = [cast(Tensor, model.get_parameter(f"{layer.name}.weight")) for layer in layers]
     device = weights[0].device
     groups = window_groups(tokens, windows_per_group)

@@ -9,7 +9,6 @@ none of it.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,13 +21,11 @@ from ..kernels.errors import QuantizerError
 from ..kernels.hessian import Hessian
 from ..kernels.rotation import input_seed, rotate
 from .errors import ProfileError
-from .files import write_atomic
+from .files import claim_directory, write_atomic
 from .inventory import LayerInfo, ModelInventory
 from .models import load_config, random_windows, token_windows
 from .progress import progress
 from .streaming import StreamedModel
-
-JOB_FILE = "hessians.json"
 
 
 @dataclass(frozen=True)
@@ -128,22 +125,8 @@ def collect_hessians(
         ProfileError: a bad model, a directory that can't be written or that another job's files are in.
     """
     files = HessianFiles(directory, seed)
-    job = json.dumps({"model": digest, "tokens": tokens.digest, "seed": seed}, indent=2) + "\n"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if (directory / JOB_FILE).exists():
-            if (directory / JOB_FILE).read_text(encoding="utf-8") != job:
-                raise ProfileError(
-                    f"{directory} holds Hessians of another model, text or seed; remove it, or repeat the command that "
-                    "made them."
-                )
-        elif any(not path.name.startswith(".") for path in directory.iterdir()):  # a dot: a write that was killed
-            raise ProfileError(f"{directory} holds other files than Hessians; remove it, or choose another directory.")
-        else:
-            write_atomic(directory / JOB_FILE, job)
-    except OSError as cause:
-        raise ProfileError(f"can't write the Hessians to {directory}: {cause.strerror or cause}.") from cause
-    missing = [block for block in range(info.blocks) if not files.path(block).exists()]
+    claim_directory(directory, {"model": digest, "tokens": tokens.digest, "seed": seed}, "Hessians")
+    missing = [block for block in sorted({layer.block for layer in info.layers}) if not files.path(block).exists()]
     if missing:
         with progress("hessians", missing[-1] + 1) as advance:
             model = StreamedModel(model_dir, tokens.windows, device)

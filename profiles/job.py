@@ -1,16 +1,17 @@
 """The profiling job: inventory, sensitivities, quantizer errors, latencies, then one profile directory.
 
-Every finished row goes to a journal in the output directory at once, so the job can be interrupted at any moment and
-goes on from there when it is started again with the same settings. The journal is removed when the profile is whole.
+Every finished row goes to a journal in the output directory at once, Hessians and errors to files beside it, so the job
+can be interrupted at any moment and goes on from there when it is started again with the same settings. All of that is
+removed when the profile is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,29 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..kernels.specs import QuantizerSpec
+from .device import describe_device
+from .engines import IN_PROCESS, Engine
 from .errors import ProfileError
-from .files import sha256_file
+from .files import sha256_file, sweep_temporaries
 from .fisher import measure_fisher
+from .frames import latency_table, layer_table, model_part, quantizer_table
 from .hessians import Calibration, calibration, collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
-from .journal import JOURNAL_FILE, Journal
-from .latency import measure_latency, measure_overhead
+from .journal import JOURNAL_FILE, Journal, make_directory
+from .latency import measure_latency, monitored
 from .models import choose_device, load_model
-from .quantizer_errors import measure_errors, measured_gaussian_error
-from .schema import MANIFEST_FILE, DevicePart, LatencyPart, LossMethod, LossPart, ModelPart, ProfileManifest
+from .overhead import METHOD, StepOverhead, measure_head, measure_overhead, stock_overhead
+from .quantizer_errors import measure_errors
+from .schema import MANIFEST_FILE, LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
-from .tables import Profile, save_profile
-from .timing import timer_for
+from .tables import Profile, load_profile, save_profile
+from .timing import Timer, timer_for
 
 _BY_NOISE = (LossMethod.DATA_FREE_KL, LossMethod.CALIBRATION_KL)
 HESSIANS_DIR = "hessians"
 """Inside the output directory while a job with proxy errors runs."""
+RESULTS_DIR = "results"
+"""Inside the output directory while a job runs: the errors measured so far."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ class ProfileSettings:
         context: tokens in the cache while the overhead is measured.
         seed: of tokens, noise and rotations.
         device: cpu or cuda.
+        head: whether lm_head is one of the layers; None for only where its weight is its own, not the embedding.
         error: "weights" measures |W - Q|^2 / |W|^2 of data-free quantization, "proxy" the Hessian-weighted error of
             quantization under the Hessian of the same tokens.
     """
@@ -73,6 +81,7 @@ class ProfileSettings:
     seed: int = 0
     device: str = "cpu"
     error: str = "weights"
+    head: bool | None = None
 
     def __post_init__(self) -> None:
         if self.method is LossMethod.CALIBRATION_LOSS:
@@ -99,46 +108,64 @@ class ProfileSettings:
             raise ProfileError(f"expected distinct batch sizes of at least 1; got {self.batch_sizes}.")
 
 
-def run_profile(model_dir: Path, out: Path, settings: ProfileSettings, *, name: str, restart: bool = False) -> Profile:
-    """Measure a model and write its profile.
+def run_profile(
+    model_dir: Path,
+    out: Path,
+    settings: ProfileSettings,
+    *,
+    name: str,
+    overhead: StepOverhead | None = None,
+    restart: bool = False,
+    engine: Engine = IN_PROCESS,
+) -> Profile:
+    """Measure a model and write its profile; what an interrupted call has measured is not measured again.
 
     Args:
         model_dir: a Hugging Face directory with safetensors weights.
         out: the profile's directory; made if missing.
         name: what to call the model in the profile.
+        overhead: how the overhead of a decoding step is measured; None for that of the stock model.
         restart: drop what an interrupted or finished job left in `out`.
+        engine: who measures the quantizer errors.
 
     Raises:
         ProfileError: bad model, text or settings; `out` holds a finished profile or another job's rows.
     """
     device = choose_device(settings.device)
-    model_info = inventory(model_dir, name=name)
+    model_info = inventory(model_dir, name=name, head=settings.head)
     digest = model_digest(model_dir)
     tokens = calibration(model_dir, settings.text, tokens=settings.tokens, window=settings.window, seed=settings.seed)
     journal_path = out / JOURNAL_FILE
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as cause:
-        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    if (out / MANIFEST_FILE).exists() and not restart:
-        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
+    make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
     job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
     with Journal(journal_path, job, restart=restart) as journal:
+        sweep_temporaries(out)
         if restart:
-            shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
-        profile = _measure(model_dir, out, settings, model_info, digest, tokens, device, journal)
-        journal_path.unlink()
-        shutil.rmtree(out / HESSIANS_DIR, ignore_errors=True)
+            _remove_work(out)
+        if (out / MANIFEST_FILE).exists():  # interrupted while it cleaned up
+            profile = load_profile(out)
+        else:
+            profile = _measure(model_dir, out, settings, model_info, digest, tokens, overhead, device, journal, engine)
+        _remove_work(out)
+        journal_path.unlink()  # last: it says that there is something to go on from
     return profile
+
+
+def _remove_work(out: Path) -> None:
+    """Remove what was kept for a job that is interrupted, but the journal."""
+    for name in (HESSIANS_DIR, RESULTS_DIR):
+        shutil.rmtree(out / name, ignore_errors=True)
 
 
 def model_digest(model_dir: Path) -> str:
     """SHA-256 over the config and the weights of a model directory."""
     total = hashlib.sha256()
-    for path in sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")]):
-        total.update(f"{path.name} {sha256_file(path)}\n".encode())
+    paths = sorted([model_dir / "config.json", *model_dir.glob("*.safetensors")])
+    with ThreadPoolExecutor() as threads:
+        for path, digest in zip(paths, threads.map(sha256_file, paths), strict=True):
+            total.update(f"{path.name} {digest}\n".encode())
     return total.hexdigest()
 
 
@@ -153,45 +180,51 @@ def _measure(
     model_info: ModelInventory,
     digest: str,
     tokens: Calibration,
+    overhead: StepOverhead | None,
     device: torch.device,
     journal: Journal,
+    engine: Engine,
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
-    model = load_model(model_dir, device)
-    sensitivities = _sensitivities(model, layers, windows, settings, journal)
-    overhead = _overhead(model, settings, model_info, device, journal)
-    dtype = next(model.parameters()).dtype
-    del model
+    timer, method = timer_for(device), METHOD[device.type] if overhead is None else overhead.method
+    sensitivities, beside, dtype = _run_model(
+        model_dir, layers, windows, settings, overhead, method, device, timer, journal
+    )
     hessians = None
     if settings.error == "proxy":
         hessians = collect_hessians(
             model_dir, model_info, tokens, out / HESSIANS_DIR, digest=digest, seed=settings.seed, device=device
         )
     errors = measure_errors(
-        model_dir, layers, settings.specs, seed=settings.seed, device=device, journal=journal, hessians=hessians
-    )
-    latencies = measure_latency(
+        model_dir,
         layers,
         settings.specs,
-        batch_sizes=settings.batch_sizes,
-        device=device,
-        dtype=dtype,
-        timer=timer_for(device),
-        journal=journal,
+        seed=settings.seed,
+        device=settings.device,
+        work=out / RESULTS_DIR,
+        engine=engine,
+        hessians=hessians,
+    )
+    batches: dict[str, Any] = {"batch_sizes": settings.batch_sizes, "device": device, "dtype": dtype, "timer": timer}
+    with monitored(device) as monitor:
+        latencies = measure_latency(layers, settings.specs, journal=journal, monitor=monitor, **batches)
+        head = measure_head(layers, journal=journal, **batches)
+        state = {} if monitor is None else monitor.summary()
+    latency = (
+        LatencyPart(
+            batch_sizes=settings.batch_sizes,
+            overhead_us=beside,
+            overhead_method=method,
+            context=settings.context,
+            head_us=head,
+        )
+        if settings.batch_sizes
+        else None
     )
     manifest = ProfileManifest(
-        model=ModelPart(
-            name=model_info.name,
-            architecture=model_info.architecture,
-            blocks=model_info.blocks,
-            model_type=model_info.model_type,
-            hidden_size=model_info.hidden_size,
-            total_parameters=model_info.total_parameters,
-            unplanned_bytes=model_info.unplanned_bytes,
-            digest=digest,
-        ),
-        device=describe_device(device, context=settings.context),
+        model=model_part(model_info, digest),
+        device=describe_device(device, **state),
         loss=LossPart(
             method=settings.method,
             error="proxy" if hessians else "measured",
@@ -203,42 +236,46 @@ def _measure(
             text=tokens.text,
             quantizer=middle_quantizer(settings.specs).label if settings.method is LossMethod.DIRECT else None,
         ),
-        latency=LatencyPart(batch_sizes=settings.batch_sizes, overhead_us=overhead) if settings.batch_sizes else None,
+        latency=latency,
         software={
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
     )
-    layer_rows = [
-        {
-            "layer": layer.name,
-            "block": layer.block,
-            "role": layer.role,
-            "out_features": layer.out_features,
-            "in_features": layer.in_features,
-            "fusion_group": layer.fusion_group,
-            "sensitivity": sensitivities[layer.name].value,
-            "standard_error": sensitivities[layer.name].standard_error,
-        }
-        for layer in layers
-    ]
     error_rows = [(*key, error, size) for key, (error, size) in errors.items()]
-    latency_rows = [
-        (*asdict(row.shape).values(), row.spec.label, row.implementation, row.batch_size, row.latency_us, row.spread_us)
-        for row in latencies
-    ]
-    latency_columns = (
-        "pattern", "out_features", "in_features", "quantizer", "implementation", "batch_size", "latency_us", "spread",
-    )  # fmt: skip
     return save_profile(
         out,
         manifest,
-        pd.DataFrame(layer_rows),
-        _quantizer_table(settings.specs, settings.seed),
+        layer_table(layers, sensitivities),
+        quantizer_table(settings.specs, settings.seed),
         errors=pd.DataFrame(error_rows, columns=["layer", "quantizer", "error", "size_bytes"]),
-        latency=pd.DataFrame(latency_rows, columns=list(latency_columns)) if latency_rows else None,
+        latency=latency_table(latencies),
     )
+
+
+def _run_model(
+    model_dir: Path,
+    layers: Sequence[LayerInfo],
+    windows: Tensor,
+    settings: ProfileSettings,
+    overhead: StepOverhead | None,
+    method: str,
+    device: torch.device,
+    timer: Timer,
+    journal: Journal,
+) -> tuple[dict[str, Sensitivity], dict[int, float], torch.dtype]:
+    """What needs the whole model in memory: sensitivities and overheads; and the dtype it runs in."""
+    model = load_model(model_dir, device)
+    sensitivities = _sensitivities(model, layers, windows, settings, journal)
+
+    def step_us(batch_sizes: Sequence[int]) -> Mapping[int, float]:
+        if overhead is None:
+            return stock_overhead(model, layers, settings.context, timer, batch_sizes)
+        return overhead(model_dir, layers, batch_sizes, settings.context, device)
+
+    beside = measure_overhead(step_us, method, batch_sizes=settings.batch_sizes, journal=journal)
+    return sensitivities, beside, next(model.parameters()).dtype
 
 
 def middle_quantizer(specs: Sequence[QuantizerSpec]) -> QuantizerSpec:
@@ -255,56 +292,3 @@ def _sensitivities(
     if settings.method is LossMethod.DIRECT:
         return measure_direct(model, layers, windows, spec=middle_quantizer(settings.specs), journal=journal, **shared)
     return measure_sensitivities(model, layers, windows, noise=settings.noise, journal=journal, **shared)
-
-
-def _overhead(
-    model: nn.Module, settings: ProfileSettings, model_info: ModelInventory, device: torch.device, journal: Journal
-) -> dict[int, float]:
-    return measure_overhead(
-        model,
-        model_info.layers,
-        batch_sizes=settings.batch_sizes,
-        context=settings.context,
-        timer=timer_for(device),
-        journal=journal,
-    )
-
-
-def _quantizer_table(specs: Sequence[QuantizerSpec], seed: int) -> pd.DataFrame:
-    rows = [
-        {
-            "quantizer": spec.label,
-            "family": str(spec.family),
-            "bits_per_weight": spec.bits,
-            "table_bytes": spec.table_bytes,
-            "gaussian_error": measured_gaussian_error(spec, seed),
-            "state_bits": spec.state_bits,
-            "code": str(spec.code),
-        }
-        for spec in specs
-    ]
-    return pd.DataFrame(rows)
-
-
-def describe_device(device: torch.device, **details: int) -> DevicePart:
-    """What a profile says of the device it was measured on; `details` are added."""
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        facts: dict[str, Any] = {
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-        }
-        return DevicePart(name=properties.name, kind="cuda", details=facts | details)
-    facts = {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    return DevicePart(name=_processor_name(), kind="cpu", details=facts | details)
-
-
-def _processor_name() -> str:
-    """The processor as Linux names it, else what the platform module knows."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

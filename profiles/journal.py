@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from .errors import ProfileError
-
-if sys.platform != "win32":
-    import fcntl
+from .files import try_lock
+from .schema import MANIFEST_FILE
 
 JOURNAL_FILE = "unfinished.jsonl"
+
+
+def make_directory(out: Path, *, restart: bool) -> None:
+    """Make the directory of a profile, unless a finished one is in it that is not to be replaced.
+
+    A manifest beside a journal is the profile that the journal led to: its job was interrupted while it cleaned up.
+
+    Raises:
+        ProfileError: it can't be made, or holds a profile.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as cause:
+        raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
+    if restart:
+        (out / MANIFEST_FILE).unlink(missing_ok=True)
+    elif (out / MANIFEST_FILE).exists() and not (out / JOURNAL_FILE).exists():
+        raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
 
 
 class Journal:
@@ -43,7 +59,8 @@ class Journal:
         except OSError as cause:
             raise ProfileError(f"can't write {path}: {cause.strerror or cause}.") from cause
         try:
-            self._lock()
+            if not try_lock(self._file):
+                raise ProfileError(f"another msq profile is writing to {path.parent}; wait for it, or stop it.")
             self._file.seek(0)
             lines = [] if restart else self._file.read().split(b"\n")
             if len(lines) > 1:
@@ -62,17 +79,6 @@ class Journal:
         except BaseException:
             self._file.close()
             raise
-
-    def _lock(self) -> None:
-        """Keep other processes out until the file is closed, where the system has such locks."""
-        if sys.platform == "win32":
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as cause:
-            raise ProfileError(
-                f"another msq profile is writing to {self.path.parent}; wait for it, or stop it."
-            ) from cause
 
     def _check_job(self, line: bytes, head: str) -> None:
         try:

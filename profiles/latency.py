@@ -1,23 +1,33 @@
-"""Microseconds of every kernel a plan may name, and of everything else in a decoding step.
+"""Microseconds of every kernel a plan may name.
 
 A row is a (pattern shape, quantizer, implementation, batch size). Only shapes matter, so weights are random bits and
-each distinct shape is measured once. The overhead of a batch size is a decoding step of the model with every planned
-layer replaced by one that returns zeros: attention, norms, embeddings and head, as they run here.
+each distinct product is measured once, whatever the roles of its layers. Kernels are timed for an input that is rotated
+already, once for all layers that share it: that belongs to the overhead (see `overhead`). The reference implementation
+rotates its own.
+
+On a GPU the kernels run back to back in a CUDA graph, each on a weight that no cache holds, as they do in a model; all
+of them are compiled beforehand, in as many processes as the machine has cores. The reference implementation, which runs
+everything, is measured there only for what no kernel runs. A row taken while the GPU was held back (heat, power) is
+taken again, and marked if it is held back still.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
+import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.linear import IMPLEMENTATIONS
 from ..kernels.quantize import QuantizedWeight, from_tensors, tensor_shapes
 from ..kernels.specs import TILE, Family, QuantizerSpec
+from .gpu_monitor import GpuMonitor
 from .inventory import LayerInfo
 from .journal import Journal
 from .progress import progress
@@ -25,6 +35,14 @@ from .timing import Timer
 
 _MAX_FUSED = 3
 """Patterns are listed for groups of up to this many layers; q, k and v are the largest today."""
+_ATTEMPTS = 3
+"""How often a row is taken at most, while the GPU is held back."""
+_PAUSE_SECONDS = 2.0
+"""For a GPU to cool down."""
+_POOL_BYTES = 512 << 20
+"""Of random codes, where no layer needs more; several times any second-level cache."""
+_REFERENCE = "reference"
+_KERNELS = "tensor_core"
 
 
 @dataclass(frozen=True)
@@ -37,8 +55,35 @@ class KernelShape:
 
 
 @dataclass(frozen=True)
+class Product:
+    """What is measured once: a quantizer and implementation at one shape and batch size."""
+
+    out_features: int
+    in_features: int
+    spec: QuantizerSpec
+    implementation: str
+    batch_size: int
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """Its place in the journal."""
+        return (
+            "latency",
+            self.out_features,
+            self.in_features,
+            self.spec.label,
+            self.implementation,
+            self.batch_size,
+        )
+
+
+@dataclass(frozen=True)
 class KernelLatency:
-    """A row of latency.csv."""
+    """A row of latency.csv.
+
+    Attributes:
+        throttled: the GPU was held back whenever this was measured.
+    """
 
     shape: KernelShape
     spec: QuantizerSpec
@@ -46,6 +91,7 @@ class KernelLatency:
     batch_size: int
     latency_us: float
     spread_us: float
+    throttled: bool
 
 
 def kernel_shapes(layers: Sequence[LayerInfo]) -> list[KernelShape]:
@@ -66,17 +112,35 @@ def kernel_shapes(layers: Sequence[LayerInfo]) -> list[KernelShape]:
     return list(shapes)
 
 
-def random_weight(spec: QuantizerSpec, shape: KernelShape, device: torch.device) -> QuantizedWeight:
-    """A packed weight of random codes: what a kernel's time depends on, without a model."""
+def products(
+    shapes: Sequence[KernelShape], specs: Sequence[QuantizerSpec], batch_sizes: Sequence[int], device: torch.device
+) -> list[Product]:
+    """What is to be measured, each distinct product once, shape by shape."""
+    found = []
+    distinct = dict.fromkeys((shape.out_features, shape.in_features) for shape in shapes)
+    for (rows, width), spec, batch in itertools.product(distinct, specs, batch_sizes):
+        names = [
+            name
+            for name, implementation in IMPLEMENTATIONS.items()
+            if implementation.unsupported_reason(spec, rows, width, batch, device) is None
+        ]
+        if device.type == "cuda" and len(names) > 1:
+            names.remove(_REFERENCE)
+        found += [Product(rows, width, spec, name, batch) for name in names]
+    return found
+
+
+def random_weight(spec: QuantizerSpec, out_features: int, in_features: int, device: torch.device) -> QuantizedWeight:
+    """A packed weight of random codes."""
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, Tensor] = {}
-    for name, (size, dtype) in tensor_shapes(spec, shape.out_features, shape.in_features).items():
+    for name, (size, dtype) in tensor_shapes(spec, out_features, in_features).items():
         if dtype == torch.uint8:
             tensors[name] = torch.randint(256, size, dtype=dtype, generator=generator).to(device)
         else:
             tensors[name] = torch.randn(size, generator=generator).to(device=device, dtype=dtype)
     seed = None if spec.family is Family.INT else 0
-    return from_tensors(spec, shape.out_features, shape.in_features, seed, tensors)
+    return from_tensors(spec, out_features, in_features, seed, tensors)
 
 
 def measure_latency(
@@ -88,110 +152,94 @@ def measure_latency(
     dtype: torch.dtype,
     timer: Timer,
     journal: Journal,
+    monitor: GpuMonitor | None = None,
 ) -> list[KernelLatency]:
     """Every kernel that supports its shape; rows already in the journal are not measured again.
 
     Args:
-        dtype: of the activations.
+        dtype: of the activations where modules are called as they are.
+        timer: for these.
+        monitor: says whether the GPU was held back; None on other devices.
     """
-    jobs = [
-        (shape, spec, implementation, batch)
-        for shape in kernel_shapes(layers)
-        for spec in specs
-        for implementation in IMPLEMENTATIONS.values()
-        for batch in batch_sizes
-        if implementation.unsupported_reason(spec, shape.out_features, shape.in_features, batch, device) is None
-    ]
+    shapes = kernel_shapes(layers)
+    wanted = products(shapes, specs, batch_sizes, device)
+    missing = [product for product in wanted if product.key not in journal]
+    graphs = _GraphTimes(missing, device) if any(p.implementation == _KERNELS for p in missing) else None
+    with progress("kernel latency", len(wanted), done=len(wanted) - len(missing)) as advance, torch.inference_mode():
+        for product in missing:
+            if graphs is not None and product.implementation == _KERNELS:
+                measure = partial(graphs.measure, product)
+            else:
+                measure = partial(_measure_module, product, dtype, timer, device)
+            journal.add(product.key, _settled(measure, monitor))
+            advance()
     rows = []
-    with progress("kernel latency", len(jobs), done=journal.count("latency")) as advance, torch.inference_mode():
-        for shape, spec, implementation, batch in jobs:
-            key = (
-                "latency",
-                shape.pattern,
-                shape.out_features,
-                shape.in_features,
-                spec.label,
-                implementation.name,
-                batch,
-            )
-            if key not in journal:
-                module = implementation.linear(random_weight(spec, shape, device))
-                x = torch.ones(batch, shape.in_features, device=device, dtype=dtype)
-                timing = timer.measure(lambda module=module, x=x: module(x))  # type: ignore[misc]
-                journal.add(key, [timing.median_us, timing.spread_us])
-                advance()
-            rows.append(KernelLatency(shape, spec, implementation.name, batch, *journal[key]))
+    for shape, spec, batch in itertools.product(shapes, specs, batch_sizes):
+        for name in IMPLEMENTATIONS:
+            key = Product(shape.out_features, shape.in_features, spec, name, batch).key
+            if key in journal:
+                median, spread, throttled = journal[key]
+                rows.append(KernelLatency(shape, spec, name, batch, median, spread, bool(throttled)))
     return rows
 
 
-class _Zeros(nn.Module):
-    """Stands where a planned layer was and costs no more than an allocation."""
+def _settled(measure: Callable[[], tuple[float, float]], monitor: GpuMonitor | None) -> list[float]:
+    """Median, spread, and 1 if the GPU was held back at every attempt."""
+    median = spread = 0.0
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(_PAUSE_SECONDS)
+        begun = time.perf_counter()
+        median, spread = measure()
+        if monitor is None or monitor.throttled_since(begun) is None:
+            return [median, spread, 0]
+    return [median, spread, 1]
 
-    def __init__(self, out_features: int) -> None:
-        super().__init__()
-        self.out_features = out_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.out_features)
+def _measure_module(product: Product, dtype: torch.dtype, timer: Timer, device: torch.device) -> tuple[float, float]:
+    weight = random_weight(product.spec, product.out_features, product.in_features, device)
+    module = IMPLEMENTATIONS[product.implementation].linear(weight)
+    x = torch.ones(product.batch_size, product.in_features, device=device, dtype=dtype)
+    timing = timer.measure(lambda: module(x))
+    return timing.median_us, timing.spread_us
 
 
-def measure_overhead(
-    model: nn.Module,
-    layers: Sequence[LayerInfo],
-    *,
-    batch_sizes: Sequence[int],
-    context: int,
-    timer: Timer,
-    journal: Journal,
-) -> dict[int, float]:
-    """µs of a decoding step beside the planned layers, by batch size.
+class _GraphTimes:
+    """Times of the tensor-core kernels: compiles them all, then measures in CUDA graphs.
 
-    Args:
-        model: the stock model; its planned layers are put back before this returns.
-        context: tokens already in the cache.
+    Activations are fp16; kernels for bf16 differ in the format of their multiplications only.
     """
-    with progress("overhead", len(batch_sizes), done=journal.count("overhead")) as advance, torch.inference_mode():
-        for batch in batch_sizes:
-            if ("overhead", batch) not in journal:
-                with _without_planned_layers(model, layers):
-                    journal.add(("overhead", batch), timer.measure(_decoding_step(model, batch, context)).median_us)
-                advance()
-    return {batch: float(journal["overhead", batch]) for batch in batch_sizes}
+
+    def __init__(self, wanted: Sequence[Product], device: torch.device) -> None:
+        from ..kernels.cuda import ops  # noqa: F401 (registers the operators)
+        from ..kernels.cuda.decode import new_workspace
+        from ..kernels.cuda.jit import device_arch
+        from ..kernels.cuda.precompile import compile_all
+        from ..kernels.cuda.tuning import device_limits
+        from .kernel_timing import Pool, decode_sources
+
+        mine = [product for product in wanted if product.implementation == _KERNELS]
+        index = torch.cuda.current_device() if device.index is None else device.index
+        cases = [(p.spec, p.out_features, p.in_features, p.batch_size) for p in mine]
+        sources, words = decode_sources(cases, torch.float16, device_limits(index))
+        with progress("compiling kernels", len(sources)) as advance:
+            compile_all(sources, device_arch(device), min(os.cpu_count() or 1, len(sources)), advance)
+        largest = max(p.spec.size_bytes(p.out_features, p.in_features) for p in mine)
+        self._pool = Pool(device, max(_POOL_BYTES, largest + largest // 8))
+        self._workspace = new_workspace(words, device)
+        self._device = device
+
+    def measure(self, product: Product) -> tuple[float, float]:
+        """Median and spread, µs."""
+        from .kernel_timing import multiply_call, time_launches
+
+        weights = self._pool.weights(product.spec, product.out_features, product.in_features)
+        x = torch.ones(product.batch_size, product.in_features, device=self._device, dtype=torch.float16)
+        return time_launches([multiply_call(x, weight, self._workspace) for weight in weights])
 
 
-def _decoding_step(model: Any, batch: int, context: int) -> Callable[[], None]:
-    """A call that decodes one token for `batch` sequences of `context` tokens, again and again from the same cache."""
-    from transformers import DynamicCache
-
-    device = next(model.parameters()).device
-    prompt = torch.ones(batch, context, dtype=torch.int64, device=device)
-    cache = DynamicCache(config=model.config)
-    model(input_ids=prompt, past_key_values=cache, use_cache=True)
-    token = prompt[:, :1]
-
-    def step() -> None:
-        model(input_ids=token, past_key_values=cache, use_cache=True)
-        cache.crop(-1)
-
-    return step
-
-
-class _without_planned_layers:  # noqa: N801 (a context manager, used as a phrase)
-    """Swaps planned layers for `_Zeros` inside a `with` block."""
-
-    def __init__(self, model: nn.Module, layers: Sequence[LayerInfo]) -> None:
-        self.places = [(*_parent(model, layer.name), layer.out_features) for layer in layers]
-
-    def __enter__(self) -> None:
-        self.originals = [getattr(parent, name) for parent, name, _ in self.places]
-        for parent, name, rows in self.places:
-            setattr(parent, name, _Zeros(rows))
-
-    def __exit__(self, *_: object) -> None:
-        for (parent, name, _rows), original in zip(self.places, self.originals, strict=True):
-            setattr(parent, name, original)
-
-
-def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    parent, _, name = path.rpartition(".")
-    return model.get_submodule(parent), name
+def monitored(device: torch.device) -> GpuMonitor | nullcontext[None]:
+    """A monitor of a GPU, to be entered with ``with``; nothing for other devices."""
+    if device.type != "cuda":
+        return nullcontext()
+    return GpuMonitor(str(torch.cuda.get_device_properties(device).uuid))

@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_config(directory: Path) -> Any:
-    """The transformers configuration of a model directory.
+    """The transformers configuration of a model directory, or of a JSON file.
 
     Raises:
         ProfileError: transformers can't read it.
@@ -46,7 +46,7 @@ def load_config(directory: Path) -> Any:
     except Exception as cause:  # as in load_model
         detail = " ".join(str(cause).split())[:200]
         raise ProfileError(
-            f"transformers can't read {directory}/config.json ({type(cause).__name__}: {detail})."
+            f"transformers can't read the config of {directory} ({type(cause).__name__}: {detail})."
         ) from cause
 
 

@@ -10,19 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..kernels.codebooks import gaussian_error
-from ..kernels.errors import QuantizerError
 from ..kernels.quantize import normalized_error, quantize
-from ..kernels.rotation import input_seed
 from ..kernels.specs import QuantizerSpec
-from .errors import ProfileError
+from .engines import Engine, run_jobs
 from .hessians import HessianFiles
 from .inventory import LayerInfo
-from .journal import Journal
-from .progress import progress
+from .jobs import JobList
+from .quantize_jobs import QuantizeTask, read_error_result, read_rows
 
 _SAMPLE = (256, 1024)
 """Shape of the N(0,1) sample for quantizers whose error was not measured beforehand."""
@@ -30,9 +27,7 @@ _SAMPLE = (256, 1024)
 
 def read_weight(directory: Path, layer: LayerInfo) -> Tensor:
     """One weight from its safetensors file, ``(out_features, in_features)``, on the CPU."""
-    with safe_open(directory / layer.file, framework="pt") as file:
-        weight: Tensor = file.get_tensor(f"{layer.name}.weight")
-    return weight
+    return read_rows(directory, layer, slice(None))
 
 
 def measure_errors(
@@ -41,37 +36,26 @@ def measure_errors(
     specs: Sequence[QuantizerSpec],
     *,
     seed: int,
-    device: torch.device,
-    journal: Journal,
+    device: str,
+    work: Path,
+    engine: Engine,
     hessians: HessianFiles | None = None,
 ) -> dict[tuple[str, str], tuple[float, int]]:
-    """(error, size_bytes) by (layer, quantizer label); one weight in memory at a time, journalled pair by pair.
+    """(error, size_bytes) by (layer, quantizer label), each a job of its own (see `jobs`).
 
     Args:
+        device: where to encode.
+        work: directory of the results, kept for a job that is interrupted; the caller removes it.
+        engine: who does the jobs.
         hessians: of the layers' inputs, for the same `seed`; None for data-free quantization.
 
     Raises:
-        ProfileError: a weight can't be quantized (NaN, infinite), or a Hessian can't be read.
+        ProfileError: a weight can't be quantized (NaN, infinite), a Hessian can't be read, or workers are killed.
     """
-    with progress("quantizer errors", len(layers) * len(specs), done=journal.count("error")) as advance:
-        for layer in layers:
-            missing = [spec for spec in specs if ("error", layer.name, spec.label) not in journal]
-            if not missing:
-                continue
-            weight = read_weight(directory, layer).to(device)
-            hessian = None if hessians is None else hessians.load(layer, device)
-            for spec in missing:
-                try:
-                    quantized = quantize(
-                        weight, spec, rotation_seed=input_seed(layer.fusion_group, seed), hessian=hessian
-                    )
-                except QuantizerError as cause:
-                    raise ProfileError(f"{layer.name}: {cause}") from cause
-                error = normalized_error(weight, quantized, hessian)
-                journal.add(("error", layer.name, spec.label), [error, quantized.size_bytes])
-                advance()
-    pairs = ((layer.name, spec.label) for layer in layers for spec in specs)
-    return {(layer, label): tuple(journal["error", layer, label]) for layer, label in pairs}
+    jobs = JobList.open(work, [(layer, spec) for layer in layers for spec in specs])
+    task = QuantizeTask(directory, seed, None if hessians is None else hessians.directory, keep_weights=False)
+    done = run_jobs(task, jobs, device=device, engine=engine, what="quantizer errors")
+    return {(job.layer.name, job.spec.label): read_error_result(jobs.load(job)) for job in done}
 
 
 def measured_gaussian_error(spec: QuantizerSpec, seed: int) -> float:

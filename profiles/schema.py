@@ -23,8 +23,11 @@ MANIFEST_FILE = "profile.yaml"
 
 ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers of a dense decoder block, in the order that tables and plans list them."""
+HEAD = "lm_head"
+"""Module path and role of the output layer. It is planned like the others; in tables its block is the number of blocks,
+one after the last."""
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Supported architectures; each block of them holds exactly one layer of every role."""
+"""Supported architectures; each block of them holds exactly one layer of every role, and the head follows."""
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1)]
@@ -74,8 +77,9 @@ class LossPart(_Part):
 
     Attributes:
         method: how sensitivities were estimated.
-        error: "gaussian" uses each quantizer's error on N(0,1) for every layer; of errors.csv, "measured" is the error
-            of the weights, "proxy" that of the outputs when quantized under a Hessian.
+        error: "gaussian" uses each quantizer's error on N(0,1) for every layer, and errors.csv, if there, only for
+            sizes; of errors.csv, "measured" is the error of the weights, "proxy" that of the outputs when quantized
+            under a Hessian.
         tokens: tokens that the estimate saw.
         noise: relative size of the perturbation, ‖δW‖/‖W‖, where the method perturbs.
         text: the calibration text, where the method reads one.
@@ -99,30 +103,41 @@ class LatencyPart(_Part):
     Attributes:
         batch_sizes: tokens decoded together.
         overhead_us: microseconds per step outside the planned layers, one for each batch size.
+        overhead_method: how it was found: `overhead.METHOD`, or from measured runs (`planner.calibrate`).
+        context: tokens in the cache of that step.
+        head_us: microseconds of the head in the model's own dtype, where it is a planned layer; added to the overhead
+            of a profile without it.
     """
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     overhead_us: dict[int, Annotated[float, Field(ge=0)]]
+    overhead_method: Name | None = None
+    context: int | None = Field(default=None, ge=1)
+    head_us: dict[int, Annotated[float, Field(ge=0)]] | None = None
 
     @model_validator(mode="after")
     def _same_batches(self) -> LatencyPart:
         if len(set(self.batch_sizes)) != len(self.batch_sizes):
             raise ValueError("batch_sizes names a batch size twice")
-        if set(self.overhead_us) != set(self.batch_sizes):
-            raise ValueError(
-                f"overhead_us should have one entry for each of the batch sizes {sorted(self.batch_sizes)}, "
-                f"it has {sorted(self.overhead_us)}"
-            )
+        for name, values in (("overhead_us", self.overhead_us), ("head_us", self.head_us)):
+            if values is not None and set(values) != set(self.batch_sizes):
+                raise ValueError(
+                    f"{name} should have one entry for each of the batch sizes {sorted(self.batch_sizes)}, "
+                    f"it has {sorted(values)}"
+                )
         return self
 
 
 class ProfileManifest(_Part):
-    """profile.yaml. `files` maps each table to its SHA-256; a profile made by hand may leave it out."""
+    """profile.yaml. `files` maps each table to its SHA-256; a profile made by hand may leave it out.
+
+    A latency profile (see `latency_job`) has no `loss`, and its layers no sensitivities.
+    """
 
     schema_version: Literal[1] = 1
     model: ModelPart
     device: DevicePart
-    loss: LossPart
+    loss: LossPart | None = None
     latency: LatencyPart | None = None
     software: dict[str, Scalar] = Field(default_factory=dict)
     source: str | None = None
@@ -192,7 +207,7 @@ LAYERS = Table(
         _size("out_features"),
         _size("in_features"),
         Column("fusion_group", "text"),
-        Column("sensitivity", "real"),
+        Column("sensitivity", "real", required=False),
         Column("standard_error", "real", required=False),
     ),
     key=("layer",),
@@ -232,6 +247,7 @@ LATENCY = Table(
         Column("batch_size", "integer", minimum=1),
         Column("latency_us", "real", above_minimum=True),
         Column("spread", "real", required=False),
+        Column("throttled", "integer", required=False),
     ),
     key=("pattern", "out_features", "in_features", "quantizer", "implementation", "batch_size"),
 )

@@ -14,8 +14,7 @@ weight is always the same, so for the direct way it covers the tokens only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,9 +143,7 @@ def _measure_changes(
                 continue
             recording = blockwise.record(group.to(next(model.parameters()).device))
             for layer in missing:
-                with replaced(model.get_parameter(f"{layer.name}.weight"), change(layer, index)):
-                    changed = blockwise.resume(recording, layer.block)
-                kl = float(blockwise.kl_per_window(recording, changed).mean())
+                kl = float(blockwise.kl_of_change(recording, layer, change(layer, index)).mean())
                 if not np.isfinite(kl):
                     raise ProfileError(
                         f"the KL divergence of a changed {layer.name} is {kl}; expected a finite number."
@@ -160,14 +157,3 @@ def estimate(layer: LayerInfo, groups: int, error: float, journal: Journal) -> S
     values = np.array([journal["sensitivity", layer.name, index] for index in range(groups)]) / error
     # A KL divergence is not negative; rounding can make a tiny one so.
     return Sensitivity(max(0.0, float(values.mean())), float(values.std(ddof=1) / np.sqrt(groups)))
-
-
-@contextmanager
-def replaced(weight: Tensor, values: Tensor) -> Iterator[None]:
-    """Other values for a parameter inside a `with` block."""
-    original = weight.data
-    weight.data = values.to(original.dtype)
-    try:
-        yield
-    finally:
-        weight.data = original

@@ -26,7 +26,7 @@ class StreamedModel:
     """The activations of some windows, somewhere on their way through a model.
 
     Attributes:
-        block: the block that runs next.
+        block: the block that runs next; `blocks` where the head is next.
         blocks: how many there are.
     """
 
@@ -51,7 +51,7 @@ class StreamedModel:
         self._load(self._decoder.embed_tokens, "model.embed_tokens.")
         # Rotary frequencies are computed from the config, never stored.
         self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=config).to(device)
-        self._decoder.norm = nn.Identity()
+        self._norm, self._decoder.norm = self._decoder.norm, nn.Identity()
         self.block, self.blocks = 0, len(self._decoder.layers)
         batches = tokens.split(max(1, _TOKENS_AT_ONCE // tokens.shape[1]))
         self._arguments: list[list[dict[str, Any]]] = []
@@ -78,7 +78,7 @@ class StreamedModel:
 
     @torch.inference_mode()
     def advance(self, watch: Mapping[str, Callable[[Tensor], None]]) -> None:
-        """Run all windows through the next block.
+        """Run all windows through the next block; after the last one, through the norm to the head's input.
 
         Args:
             watch: by module path, what is called with each input ``(windows, length, in_features)`` of that layer.
@@ -86,6 +86,9 @@ class StreamedModel:
         Raises:
             ProfileError: a tensor of the block is missing, damaged or not finite, or an activation is not finite.
         """
+        if self.block == self.blocks:
+            self._watch_head(watch)
+            return
         prefix = f"model.layers.{self.block}."
         module = self._decoder.layers[self.block]
         self._load(module, prefix)
@@ -101,6 +104,14 @@ class StreamedModel:
         for handle in handles:
             handle.remove()
         module.to("meta")
+        self.block += 1
+
+    def _watch_head(self, watch: Mapping[str, Callable[[Tensor], None]]) -> None:
+        self._load(self._norm, "model.norm.")
+        for hidden in self._hidden:
+            normed = self._norm(hidden.to(self.device))
+            for see in watch.values():
+                see(normed)
         self.block += 1
 
     def _load(self, module: nn.Module, prefix: str) -> None:

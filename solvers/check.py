@@ -6,7 +6,6 @@ Shares no code with the solvers or with `structure`: counting and `math.fsum` ov
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,17 +45,15 @@ def check(problem: Problem, columns: npt.ArrayLike) -> CheckReport:
 
     Columns that don't exist or appear twice make the partition wrong; they don't raise.
     """
-    chosen = [int(column) for column in np.asarray(columns).ravel()]
-    known = [column for column in chosen if 0 <= column < problem.columns]
+    chosen = [int(column) for column in np.asarray(columns).ravel().tolist()]
+    known = [column for column in chosen if 0 <= column < problem.loss.size]
     message = ""
     if len(known) != len(chosen):
         stranger = next(column for column in chosen if not 0 <= column < problem.columns)
         message = f"column {stranger} doesn't exist; there are {problem.columns}"
-    message = message or _partition_message(problem, known)
-    usage = [
-        math.fsum([float(problem.base[r]), *(float(problem.usage[r, column]) for column in known)])
-        for r in range(problem.resources)
-    ]
+    plan = np.array(known, dtype=np.int64)
+    message = message or _partition_message(problem, plan)
+    usage = [math.fsum([float(problem.base[r]), *problem.usage[r, plan].tolist()]) for r in range(problem.resources)]
     caps = [float(cap) for cap in problem.caps]
     broken = [r for r in range(problem.resources) if usage[r] - caps[r] > CAP_TOLERANCE * abs(caps[r])]
     partition_ok = not message
@@ -72,28 +69,33 @@ def check(problem: Problem, columns: npt.ArrayLike) -> CheckReport:
         partition_ok=partition_ok,
         usage=np.array(usage),
         excess=np.array([max(0.0, use - cap) for use, cap in zip(usage, caps, strict=True)]),
-        loss=math.fsum(float(problem.loss[column]) for column in known),
+        loss=math.fsum(problem.loss[plan].tolist()),
         feasible=not message,
         message=message,
     )
 
 
-def _partition_message(problem: Problem, chosen: Sequence[int]) -> str:
+def _partition_message(problem: Problem, plan: npt.NDArray[np.int64]) -> str:
     """One sentence on the first layer that is not covered exactly once; empty if there is none."""
-    covered: Counter[tuple[int, int]] = Counter()
-    for column in chosen:
-        group, mask = int(problem.group[column]), int(problem.mask[column])
-        covered.update((group, layer) for layer in range(mask.bit_length()) if mask >> layer & 1)
-    for group, size in enumerate(problem.group_sizes.tolist()):
-        for layer in range(size):
-            times = covered[group, layer]
-            if times != 1:
-                return f"layer {layer} of group {group} is covered {times} times instead of once"
+    sizes = problem.group_sizes.tolist()
+    covered, again = [0] * len(sizes), [0] * len(sizes)
+    groups, masks = problem.group[plan].tolist(), problem.mask[plan].tolist()
+    for group, mask in zip(groups, masks, strict=True):
+        again[group] |= covered[group] & mask
+        covered[group] |= mask
+    for group, size in enumerate(sizes):
+        wrong = covered[group] ^ ((1 << size) - 1) | again[group]
+        if wrong:
+            layer = (wrong & -wrong).bit_length() - 1
+            times = sum(mask >> layer & 1 for owner, mask in zip(groups, masks, strict=True) if owner == group)
+            return f"layer {layer} of group {group} is covered {times} times instead of once"
     return ""
 
 
 def _side_message(problem: Problem, chosen: Sequence[int]) -> str:
     """One sentence on the first side constraint that is broken; empty if there is none."""
+    if not problem.has_side_constraints:
+        return ""
     names = problem.choice_names
     used = sorted({int(problem.choice[column]) for column in chosen})
     if problem.max_choices is not None and len(used) > problem.max_choices:

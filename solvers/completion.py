@@ -59,7 +59,7 @@ class Completion:
     def __init__(
         self,
         resource: int,
-        members: Sequence[Integers],
+        members: Sequence[slice] | Sequence[Integers],
         loss: Floats,
         usage: Floats,
         room: Floats,
@@ -88,7 +88,7 @@ class Completion:
         self.behind = self._continued(reversed(self._steps))
         self.behind.reverse()
         rest = float(self.behind[0].least_cost(np.array([self.room]))[0])
-        self.least = rest + price * self.room if rest < np.inf else 2 * delta
+        self.least = min(rest + price * self.room, 2 * delta)
 
     @cached_property
     def before(self) -> list[Staircase]:

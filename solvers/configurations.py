@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .problem import Problem
-from .structure import Floats, Integers, Structure, offsets, ranges
+from .structure import Floats, Integers, Structure, distinct, offsets, ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,62 +48,68 @@ class Configurations:
         lengths = np.diff(self.column_start)[chosen]
         return np.sort(self.columns[ranges(self.column_start[chosen], lengths)])
 
+    def with_resource(self, usage: Floats, deviation: Floats) -> Configurations:
+        """With the use of one more resource, and other deviations (configurations,), sorted by these."""
+        order = np.lexsort((deviation, self.group))
+        lengths = np.diff(self.column_start)[order]
+        return Configurations(
+            self.group,
+            deviation[order],
+            self.loss[order],
+            np.vstack((self.usage, usage))[:, order],
+            offsets(lengths),
+            self.columns[ranges(self.column_start[order], lengths)],
+            self.complete,
+        )
+
 
 @dataclass(frozen=True, eq=False)
-class _Penalties:
-    """Reduced costs, split by what causes them.
+class Penalties:
+    """Reduced costs at some prices, split by what causes them.
 
     Attributes:
         column: (columns,) cost above the least of the segment.
         partition: (partitions,) least cost above the least of the group.
-        total: (columns,) least deviation of any configuration with this column.
+        total: (columns,) least deviation of any configuration with this column, inf if there is none. Columns above
+            the gap between a plan and the dual can be left out (reduced cost fixing).
     """
 
     column: Floats
     partition: Floats
     total: Floats
 
-
-def _penalties(structure: Structure, cost: Floats) -> _Penalties:
-    minima = structure.segment_minima(cost)
-    values = structure.partition_values(minima)
-    best = np.minimum.reduceat(values, structure.group_start[:-1])
-    partition = values - best[structure.partition_group]
-    segment = np.full(minima.size, np.inf)
-    spread = np.repeat(partition, np.diff(structure.partition_start))
-    np.minimum.at(segment, structure.partition_segments, spread)
-    lengths = np.diff(structure.segments.start)
-    column = cost - np.repeat(minima, lengths)
-    return _Penalties(column, partition, column + np.repeat(segment, lengths))
-
-
-def column_deviations(structure: Structure, cost: Floats) -> Floats:
-    """Least deviation of any configuration that holds a column, at priced `cost`; (columns,), inf if none.
-
-    Columns above the gap between a plan and the dual can be left out (reduced cost fixing).
-    """
-    return _penalties(structure, cost).total
+    @classmethod
+    def build(cls, structure: Structure, cost: Floats) -> Penalties:
+        """Work them out from the priced `cost` (columns,)."""
+        minima = structure.segment_minima(cost)
+        values = structure.partition_values(minima)
+        best = np.minimum.reduceat(values, structure.group_start[:-1])
+        partition = values - best[structure.partition_group]
+        segment = np.full(minima.size, np.inf)
+        spread = np.repeat(partition, np.diff(structure.partition_start))
+        np.minimum.at(segment, structure.partition_segments, spread)
+        owner = structure.segments.of_column
+        column = cost - minima[owner]
+        return cls(column, partition, column + segment[owner])
 
 
-def enumerate_configurations(problem: Problem, cost: Floats, delta: float, *, limit: int) -> Configurations:
+def enumerate_configurations(problem: Problem, penalties: Penalties, delta: float, *, limit: int) -> Configurations:
     """List the configurations whose deviation is at most `delta`.
 
     Args:
         problem: supplies columns and structure.
-        cost: (columns,) priced cost of each column.
+        penalties: at the prices that the deviations belong to.
         delta: most deviation, >= 0; may be inf.
         limit: most configurations to list. When there are more, those of least deviation stay and the list is
             not `complete`.
     """
     structure = problem.structure
-    penalties = _penalties(structure, cost)
-    usable = penalties.total <= delta
+    candidates = np.flatnonzero(penalties.total <= delta)
     complete = True
-    if np.count_nonzero(usable) > limit:
+    if candidates.size > limit:
         delta = float(np.partition(penalties.total, limit)[limit])
-        usable = penalties.total <= delta
+        candidates = np.flatnonzero(penalties.total <= delta)
         complete = False
-    candidates = np.flatnonzero(usable)
     first = np.searchsorted(candidates, structure.segments.start)
     lengths = np.diff(structure.partition_start)
     slack = delta * (1 + 1e-12)
@@ -156,7 +162,7 @@ def _least(group: Integers, deviation: Floats, limit: int) -> Integers:
     """The `limit` rows of least deviation, by rising deviation, and the first of every group whatever its place."""
     order = np.argsort(deviation, kind="stable")
     _, first = np.unique(group[order], return_index=True)
-    return order[np.union1d(np.arange(min(limit, order.size)), first)]
+    return order[distinct(np.concatenate((np.arange(min(limit, order.size)), first)))]
 
 
 def _collect(problem: Problem, finished: list[_Rows], limit: int, complete: bool) -> Configurations:
@@ -167,9 +173,11 @@ def _collect(problem: Problem, finished: list[_Rows], limit: int, complete: bool
     flat = np.concatenate([rows.columns.ravel() for rows in finished])
     start = offsets(width)
     group = problem.structure.partition_group[partition]
-    kept = _least(group, deviation, limit)
-    complete = complete and kept.size == group.size
-    kept = kept[np.argsort(group[kept], kind="stable")]
+    kept = np.arange(group.size)
+    if group.size > limit:
+        kept = np.sort(_least(group, deviation, limit))
+        complete = complete and kept.size == group.size
+    kept = kept[np.lexsort((deviation[kept], group[kept]))]
     columns = flat[ranges(start[kept], width[kept])]
     column_start = offsets(width[kept])
     return Configurations(

@@ -16,7 +16,7 @@ import numpy as np
 
 from .clock import Clock
 from .highest import highest
-from .structure import Floats
+from .structure import Floats, Integers
 
 Cut = tuple[float, Floats]
 """(c, g): the function is at most ``c + g @ point`` everywhere."""
@@ -72,6 +72,7 @@ def maximise(
     clock = clock or Clock()
     found = list(cuts)
     best, best_value, upper = start, -math.inf, math.inf
+    basis: Integers | None = None
     iterations = widened = 0
 
     def ask(query: Floats) -> Cut:
@@ -89,7 +90,7 @@ def maximise(
 
     ask(start)
     while not stop():
-        master, upper = _master(found, start.size, 1.0 if simplex else box, simplex)
+        master, upper, basis = _master(found, start.size, 1.0 if simplex else box, simplex, basis)
         slack = tolerance * max(abs(upper), np.finfo(np.float64).tiny)
         if upper - best_value <= slack:
             if simplex or widened == MAX_BOX_STEPS or (best < box * (1 - 1e-9)).all():
@@ -107,16 +108,18 @@ def _at(cut: Cut, point: Floats) -> float:
     return cut[0] + float(cut[1] @ point)
 
 
-def _master(cuts: Sequence[Cut], dimension: int, box: float, simplex: bool) -> tuple[Floats, float]:
-    """The point where the least of all cuts is largest, and its value there."""
+def _master(
+    cuts: Sequence[Cut], dimension: int, box: float, simplex: bool, basis: Integers | None
+) -> tuple[Floats, float, Integers]:
+    """The point where the least of all cuts is largest, its value there, and the basis for the next time."""
     offset = np.array([cut[0] for cut in cuts])
     slope = np.array([cut[1] for cut in cuts])
     if simplex:
         # the last coordinate is what the others leave of 1
-        offset = offset + slope[:, -1]
-        slope = slope[:, :-1] - slope[:, -1:]
-        point = highest(offset, slope, np.ones(dimension - 1), total=1.0)
+        point, basis = highest(
+            offset + slope[:, -1], slope[:, :-1] - slope[:, -1:], np.ones(dimension - 1), total=1.0, basis=basis
+        )
         point = np.append(point, max(0.0, 1.0 - point.sum()))
     else:
-        point = highest(offset, slope, np.full(dimension, box))
-    return point, min(_at(cut, point) for cut in cuts)
+        point, basis = highest(offset, slope, np.full(dimension, box), basis=basis)
+    return point, float((offset + slope @ point).min()), basis

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .structure import Floats, Integers
+from .structure import Floats, Integers, ranges
 
 PAIRWISE = 192
 """Longest list of which all pairs are compared."""
@@ -17,6 +17,7 @@ GRID_RESOURCES = 4
 """Most resources for which there is a grid: its size grows exponentially with them."""
 CELLS_PER_ALTERNATIVE = 4.0
 """Cells of the grid: more tell alternatives better apart and cost more to walk."""
+_EARLIER = np.tri(PAIRWISE, k=-1, dtype=bool).T
 
 
 def undominated(loss: Floats, usage: Floats) -> Integers:
@@ -36,24 +37,58 @@ def undominated(loss: Floats, usage: Floats) -> Integers:
     return kept[_by_runs(loss[kept], usage[:, kept])]
 
 
+def undominated_in_lists(start: Integers, loss: Floats, usage: Floats) -> Integers:
+    """As `undominated` for many lists at once, each by itself.
+
+    Args:
+        start: (lists + 1,) offsets of the lists, none of them empty.
+        loss: (alternatives,) of all lists, one after the other.
+        usage: (resources, alternatives) likewise.
+    """
+    size = np.diff(start)
+    if usage.shape[0] == 1:
+        return _by_runs(loss, np.vstack((np.repeat(np.arange(size.size), size), usage)))
+    kept = np.ones(loss.size, dtype=bool)
+    for position in np.flatnonzero(size > PAIRWISE).tolist():
+        part = slice(int(start[position]), int(start[position + 1]))
+        kept[part] = False
+        kept[start[position] + undominated(loss[part], usage[:, part])] = True
+    short = np.flatnonzero((size > 1) & (size <= PAIRWISE))
+    if short.size:
+        member = ranges(start[:-1][short], size[short])
+        rivals = np.repeat(size[short], size[short])
+        one = np.repeat(member, rivals)
+        two = ranges(np.repeat(start[:-1][short], size[short]), rivals)
+        no_worse, better = loss[two] <= loss[one], (loss[two] < loss[one]) | (two < one)
+        for use in usage:
+            no_worse &= use[two] <= use[one]
+            better |= use[two] < use[one]
+        kept[one[no_worse & better]] = False
+    return np.flatnonzero(kept)
+
+
 def staircase(loss: Floats, usage: Floats) -> Integers:
     """As `undominated` for one resource, in the order of rising use and falling loss."""
-    order = np.argsort(usage, kind="stable")
-    loss, usage = loss[order], usage[order]
-    lower = np.ones(order.size, dtype=bool)
-    lower[1:] = loss[1:] < np.minimum.accumulate(loss)[:-1]
-    order, usage = order[lower], usage[lower]
-    last = np.ones(order.size, dtype=bool)
-    last[:-1] = usage[1:] > usage[:-1]
+    order = usage.argsort(kind="stable")
+    loss = loss[order]
+    lower = np.empty(order.size, dtype=bool)
+    lower[:1] = True
+    np.less(loss[1:], np.minimum.accumulate(loss)[:-1], out=lower[1:])
+    order = order[lower]
+    usage = usage[order]
+    last = np.empty(order.size, dtype=bool)
+    last[-1:] = True
+    np.greater(usage[1:], usage[:-1], out=last[:-1])
     return np.asarray(order[last])
 
 
 def _pairwise(loss: Floats, usage: Floats) -> Integers:
-    values = np.vstack((loss, usage))
-    no_worse = (values[:, :, None] <= values[:, None, :]).all(axis=0)
-    earlier = np.arange(loss.size)[:, None] < np.arange(loss.size)
-    beaten = no_worse & (~no_worse.T | earlier)
-    return np.flatnonzero(~beaten.any(axis=0))
+    """Compare all pairs. In lexical order what beats an alternative comes before it, and of equal ones the first."""
+    order = np.lexsort((*usage[::-1], loss))
+    no_worse = _EARLIER[: order.size, : order.size].copy()
+    for use in usage[:, order]:
+        no_worse &= use[:, None] <= use
+    return np.sort(order[~no_worse.any(axis=0)])
 
 
 def _by_runs(loss: Floats, usage: Floats) -> Integers:
@@ -61,7 +96,8 @@ def _by_runs(loss: Floats, usage: Floats) -> Integers:
     order = np.lexsort((loss, *usage[::-1]))
     rank = np.empty(loss.size, dtype=np.int64)
     rank[np.argsort(loss[order], kind="stable")] = np.arange(loss.size)
-    run = np.concatenate(([0], np.cumsum((np.diff(usage[:-1, order], axis=1) != 0).any(axis=0))))
+    run = np.zeros(loss.size, dtype=np.int64)
+    np.cumsum((np.diff(usage[:-1, order], axis=1) != 0).any(axis=0), out=run[1:])
     # ranks, so that equal losses differ, lowered from run to run, so that one running minimum serves all runs
     key = rank - run * loss.size
     least = np.minimum.accumulate(key)

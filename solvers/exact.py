@@ -1,10 +1,10 @@
 """Proven optima: dual, reduced-cost fixing, bounded dynamic programme, and a residual programme where that fails.
 
 The dual (see `dual`) bounds every plan from below and leaves a gap of 1e-4 or less to the optimum on tables of
-real models. The bounded programme (see `programme`) lists all plans of loss below ``dual + delta`` that could be
-best; delta starts small and grows until it covers the gap to the best plan, which is then proven optimal, or
-until the programme exceeds its size. What is left then, the columns whose deviation is within the gap, goes to
-a mixed-integer solver (see `residual`).
+real models. The bounded programme (see `search`, `programme`) lists all plans of loss below ``dual + delta`` that
+could be best; delta starts small and grows until it covers the gap to the best plan, which is then proven optimal,
+or until the programme exceeds its size. What is left then, the columns whose deviation is within the gap, goes to a
+mixed-integer solver (see `residual`).
 
 The programme costs milliseconds as long as it stays small, so it is carried on to a gap of 1e-10 even when the
 caller asks for less; large programmes, millions of columns and the residual get the gap that was asked for.
@@ -18,23 +18,25 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .base import PROOF_TOLERANCE, Answer, Options, Solver
-from .configurations import column_deviations, enumerate_configurations
+from .configurations import Penalties, enumerate_configurations
 from .dual import Dual, priced, solve_dual
 from .lagrangian import relax_and_repair
 from .problem import Problem
-from .programme import search
 from .reach import fits, usable_caps
 from .residual import solve_residual
+from .search import search
 from .solution import Limit, Stats, relative_gap
-from .structure import Integers
+from .structure import Integers, distinct
 
-FIRST_COLUMNS = 60
-"""Columns above the best ones at which delta starts."""
+FIRST_COLUMNS, FIRST_OF_SEVERAL = 60, 90
+"""Columns above the best ones at which delta starts, with one price and with several."""
 GROWTH = 2.0
 """Factor of delta from round to round; its cube with one resource, whose programme grows slowly."""
 POLISHED = 500_000
 """Columns up to which the programme goes on below the asked gap; beyond, every round takes a tenth of a second."""
-NEAR = 0.05
+EMPTY_GROWTH = 3.0
+"""Most of that after a round in which no plan could be, which costs little."""
+NEAR = 0.1
 """Delta goes at least so far beyond the least that a plan deviates by, relative."""
 LAST_STEP = 1.25
 """Delta is set to the whole gap if that takes no more than this factor."""
@@ -102,10 +104,10 @@ class _Proof:
         self.problem, self.options = problem, options
         self.multipliers = dual.multipliers
         self.cost = priced(problem, dual.multipliers)
-        self.least_cost = problem.structure.evaluate(self.cost)[0]
-        self.dual = self.least_cost - float(dual.multipliers @ problem.room)
+        self.dual = problem.structure.evaluate(self.cost)[0] - float(dual.multipliers @ problem.room)
         self.lower_bound = max(self.dual, dual.value)
-        self.deviations = column_deviations(problem.structure, self.cost)
+        self.penalties = Penalties.build(problem.structure, self.cost)
+        self.deviations = self.penalties.total
         self.best = _Best()
         self.delta = self._first_delta()
         self.growth = GROWTH if np.count_nonzero(dual.multipliers) > 1 else GROWTH**3
@@ -166,10 +168,11 @@ class _Proof:
             if self.options.clock.over:
                 return False
             rounds += 1
-            near = enumerate_configurations(self.problem, self.cost, delta, limit=self.problem.groups + CONFIGURATIONS)
+            most_configurations = self.problem.groups + CONFIGURATIONS
+            near = enumerate_configurations(self.problem, self.penalties, delta, limit=most_configurations)
             most_states = limit
             if np.count_nonzero(self.multipliers) > 1:
-                open_groups = np.unique(near.group[1:][np.diff(near.group) == 0]).size
+                open_groups = distinct(near.group[1:][np.diff(near.group) == 0]).size
                 most_states = min(limit, total // max(open_groups, 1))
             found = search(self.problem, near, self.multipliers, delta, limit=most_states, clock=self.options.clock)
             before, self.delta = self.best.loss, delta
@@ -190,11 +193,13 @@ class _Proof:
         return True
 
     def _most(self) -> float:
-        """That any plan deviates."""
-        return (-self.problem.structure.evaluate(-self.cost)[0] - self.least_cost) * (1 + 1e-9)
+        """Loss of the worst plan above the dual: a programme up to there leaves out none."""
+        return (-self.problem.structure.evaluate(-self.problem.loss)[0] - self.dual) * (1 + 1e-9)
 
     def _grown(self, delta: float, least: float) -> float:
         """The next delta: partial plans become many with what it leaves above the least that a plan deviates by."""
+        if least > delta:  # nothing was there, and what is said of more than delta is a guess
+            return max(min(least * (1 + 2 * NEAR), delta * min(self.growth, EMPTY_GROWTH)), delta * LAST_STEP)
         beyond = max(delta - least, NEAR * least)
         return max(min(least + self.growth * beyond, delta * self.growth), delta * LAST_STEP)
 
@@ -206,8 +211,9 @@ class _Proof:
     def _first_delta(self) -> float:
         """Delta at which few columns beyond the best ones come into play."""
         positive = self.deviations[(self.deviations > 0) & np.isfinite(self.deviations)]
-        if positive.size > FIRST_COLUMNS:
-            least = float(np.partition(positive, FIRST_COLUMNS)[FIRST_COLUMNS])
+        first = FIRST_COLUMNS if np.count_nonzero(self.multipliers) <= 1 else FIRST_OF_SEVERAL
+        if positive.size > first:
+            least = float(np.partition(positive, first)[first])
         else:
             least = float(positive.max(initial=0.0))
         return max(least, self.lower_bound - self.dual, abs(self.dual) * 1e-12, np.finfo(np.float64).tiny)

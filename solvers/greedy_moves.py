@@ -13,7 +13,7 @@ from .structure import Floats, Integers, ranges
 def _alternatives(problem: Problem, plan: Integers) -> tuple[Integers, Integers]:
     """All columns of the plan's segments, and for each the position in `plan` of what it would replace."""
     segments = problem.segments
-    segment = segments.of_columns(plan)
+    segment = segments.of_column[plan]
     lengths = segments.start[segment + 1] - segments.start[segment]
     return ranges(segments.start[segment], lengths), np.repeat(np.arange(plan.size), lengths)
 

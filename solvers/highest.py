@@ -7,7 +7,8 @@ Solved on its dual, which has one row per coordinate and one more (w weighs the 
     minimise  offset @ w + upper @ v + total s   subject to   sum(w) = 1,   v + s >= slope^T w,   all >= 0,
 
 by the revised simplex method. The basis has dimension + 1 columns, so a pivot takes some tens of microseconds, and
-no solver has to be imported. The simplex multipliers of a basis are (t, point).
+no solver has to be imported. The simplex multipliers of a basis are (t, point). More planes are more columns, and other
+bounds other costs: the basis of one programme is a good start for the next.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ import math
 
 import numpy as np
 
-from .structure import Floats
+from .structure import Floats, Integers
 
 TOLERANCE = 1e-13
 """Reduced costs this small, relative to what they are the difference of, count as zero."""
 MAX_PIVOTS = 1000
 
 
-def highest(offset: Floats, slope: Floats, upper: Floats, total: float = math.inf) -> Floats:
+def highest(
+    offset: Floats, slope: Floats, upper: Floats, total: float = math.inf, basis: Integers | None = None
+) -> tuple[Floats, Integers]:
     """The point of the domain where the least of all planes is largest; (dimension,).
 
     Args:
@@ -31,30 +34,35 @@ def highest(offset: Floats, slope: Floats, upper: Floats, total: float = math.in
         slope: (planes, dimension).
         upper: (dimension,) finite, >= 0.
         total: most that the coordinates may sum to.
+        basis: (dimension + 1,) of the programme with some of the first planes, where to start.
+
+    Returns:
+        the point, and the basis that it belongs to.
     """
     planes, dimension = slope.shape
-    # columns of the dual: planes, bounds, surplus, sum
+    # columns of the dual: bounds, surplus, sum if that is bounded, planes
     one = np.eye(dimension)
-    matrix = np.zeros((dimension + 1, planes + 2 * dimension + 1))
-    matrix[0, :planes] = 1.0
-    matrix[1:, :planes] = -slope.T
-    matrix[1:, planes : planes + dimension] = one
-    matrix[1:, planes + dimension : -1] = -one
-    matrix[1:, -1] = 1.0
-    cost = np.concatenate((offset, upper, np.zeros(dimension), [total]))
-    if not math.isfinite(total):
-        matrix, cost = matrix[:, :-1], cost[:-1]
+    before = 2 * dimension + math.isfinite(total)
+    matrix = np.zeros((dimension + 1, before + planes))
+    matrix[1:, :dimension] = one
+    matrix[1:, dimension : 2 * dimension] = -one
+    matrix[1:, 2 * dimension : before] = 1.0
+    matrix[0, before:] = 1.0
+    matrix[1:, before:] = -slope.T
+    cost = np.concatenate((upper, np.zeros(dimension), np.full(before - 2 * dimension, total), offset))
     right = np.zeros(dimension + 1)
     right[0] = 1.0
-    first = int(np.argmin(offset))
-    positive = slope[first] > 0
-    basis = np.concatenate(([first], planes + np.arange(dimension) + np.where(positive, 0, dimension)))
+    if basis is None:
+        first = int(np.argmin(offset))
+        basis = np.append(np.arange(dimension) + np.where(slope[first] > 0, 0, dimension), before + first)
+    basis = basis.copy()
+    absolute = np.abs(matrix)
     multipliers = np.zeros(dimension + 1)
     for pivot in range(MAX_PIVOTS):
         inverse = np.linalg.inv(matrix[:, basis])
         multipliers = cost[basis] @ inverse
         reduced = cost - multipliers @ matrix
-        size = np.abs(cost) + np.abs(multipliers) @ np.abs(matrix)
+        size = np.abs(cost) + np.abs(multipliers) @ absolute
         reduced[basis] = 0.0
         entering = np.flatnonzero(reduced < -TOLERANCE * size)
         if not entering.size:
@@ -69,4 +77,4 @@ def highest(offset: Floats, slope: Floats, upper: Floats, total: float = math.in
         ratios = level[blocking] / direction[blocking]
         ties = blocking[ratios <= ratios.min() * (1 + 1e-12)]
         basis[ties[np.argmin(basis[ties])]] = column
-    return np.clip(multipliers[1:], 0.0, upper)
+    return np.clip(multipliers[1:], 0.0, upper), basis

@@ -15,7 +15,7 @@ from .clock import Clock
 from .configurations import Configurations
 from .problem import Problem
 from .reach import cap_units, usable_caps
-from .structure import Floats, Integers
+from .structure import Floats, Integers, distinct
 
 MAX_ROUNDS = 400
 PAIR_MOVES = 400
@@ -121,4 +121,4 @@ def _promising(state: _State, configurations: Configurations, priced: Floats, us
         return np.sort(by_price[:PAIR_MOVES])
     half = PAIR_MOVES // 2
     leanest = real[np.argsort(usage[:, real].sum(axis=0), kind="stable")]
-    return np.unique(np.concatenate((by_price[:half], leanest[:half])))
+    return distinct(np.concatenate((by_price[:half], leanest[:half])))

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from .clock import Clock
-from .structure import Floats, Integers, ranges
+from .structure import Floats, Integers, distinct, ranges
 
 LAYERS = 12
 DIRECT = 1 << 15
@@ -102,7 +102,7 @@ class _Windows:
         if size * count <= DIRECT:
             self._look(np.repeat(np.arange(count), size), np.tile(np.arange(size), count))
             return Pair(*self.pair, True, self.pairs)
-        edges = np.unique(np.concatenate(([0], np.geomspace(1, size, LAYERS).astype(np.int64))))
+        edges = distinct(np.concatenate(([0], np.geomspace(1, size, LAYERS).astype(np.int64))))
         for low, high in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
             if not self._layer(np.arange(low, high), clock):
                 return Pair(*self.pair, False, self.pairs)

@@ -14,7 +14,7 @@ import numpy as np
 
 from .base import Answer, Options, Solver
 from .clock import Clock
-from .configurations import enumerate_configurations
+from .configurations import Penalties, enumerate_configurations
 from .dual import Dual, priced, solve_dual
 from .improve import improve
 from .problem import Problem
@@ -67,6 +67,7 @@ def _repair(
 ) -> tuple[Integers | None, int]:
     """The best plan found, and how many configurations the search had."""
     cost = priced(problem, dual.multipliers)
+    penalties = Penalties.build(problem.structure, cost)
     pool = _distinct(dual.plans + extra)
     feasible = [plan for plan in pool if fits(problem, plan)]
     best = min(feasible, key=lambda plan: float(problem.loss[plan].sum()), default=None)
@@ -78,7 +79,7 @@ def _repair(
         if clock.over or relative_gap(upper, dual.value) <= rel_gap:
             break
         delta = max(0.0, upper - dual.value)
-        near = enumerate_configurations(problem, cost, delta, limit=limit)
+        near = enumerate_configurations(problem, penalties, delta, limit=limit)
         tried = max(tried, near.count)
         found = [improve(problem, start, near, dual.multipliers, clock) for start in starts]
         better = [plan for plan in found if fits(problem, plan)]

@@ -20,27 +20,26 @@ Partial plans are dropped when they
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
+from .alternatives import SLACK, Alternatives
 from .clock import Clock
 from .completion import Completion, Staircase
 from .configurations import Configurations
 from .dominance import undominated
 from .join import best_pair
-from .partial_plans import SLACK, Alternatives, Partial, Prices
-from .problem import Problem
-from .reach import fits
-from .structure import Floats, Integers
+from .partial_plans import Partial, Prices
+from .structure import Floats, Integers, distinct
 
-BLOCKS, FEW_BLOCKS = 20, 5
+BLOCKS, FEW_BLOCKS = 10, 5
 """Most places where prefixes and suffixes meet, in large programmes and in small ones: joining costs time too.
 Between them prefixes may deviate by delta."""
 MOST_GROUPS = 1000
 """Groups up to which continuations are bounded with one resource kept exactly."""
-ROUNDING = 64 * np.finfo(np.float64).eps
-"""Of sums of uses, relative to the sum of the base configurations'."""
 SMALL = 20.0
 """Logarithm of the number of plans within delta up to which a programme is small."""
 
@@ -56,6 +55,7 @@ class Found:
             it beyond delta.
         states: partial plans listed.
         pairs: pairs looked at.
+        above: loss of the plan above the dual, inf without one.
     """
 
     columns: Integers | None
@@ -63,66 +63,51 @@ class Found:
     least: float
     states: int
     pairs: int
+    above: float = math.inf
 
 
-def search(
-    problem: Problem,
-    configurations: Configurations,
-    multipliers: Floats,
-    delta: float,
-    *,
-    limit: int,
-    clock: Clock,
-) -> Found:
-    """Find the best plan whose deviations sum to at most `delta`.
-
-    A resource without a price is left aside at first: the programme is much smaller with one resource less, and
-    when the plan it finds meets that cap as well, nothing is lost.
-
-    Args:
-        problem: supplies caps and groups.
-        configurations: all of deviation up to delta; when it isn't complete, nor is the answer.
-        multipliers: (resources,) prices that the deviations belong to.
-        delta: see the module; finite.
-        limit: most partial plans of the same groups; of more, those of least deviation stay.
-        clock: the search gives up when its limit has passed.
-    """
-    priced = np.flatnonzero(multipliers > 0)
-    if 0 < priced.size < problem.resources:
-        found = _Search(problem, configurations, multipliers, delta, priced, limit).run(clock)
-        if found.complete and (found.columns is None or fits(problem, found.columns)):
-            return found
-    return _Search(problem, configurations, multipliers, delta, np.arange(problem.resources), limit).run(clock)
-
-
-class _Search:
-    """`search` with some of the resources."""
+class Programme:
+    """One programme, to be run with any number of partial plans."""
 
     def __init__(
         self,
-        problem: Problem,
         configurations: Configurations,
+        groups: int,
+        room: Floats,
         multipliers: Floats,
         delta: float,
         resources: Integers,
-        limit: int,
     ) -> None:
-        self.configurations, self.limit = configurations, limit
-        self.alternatives = Alternatives.build(configurations, problem.groups, resources, delta)
+        """Set it up.
+
+        Args:
+            configurations: all of deviation up to delta; when it isn't complete, nor is the answer.
+            groups: number of groups.
+            room: (resources,) most that a plan may use, rounding included.
+            multipliers: (resources,) prices that the deviations belong to.
+            delta: see the module; finite.
+            resources: those that are kept within their room.
+        """
+        self.configurations = configurations
+        self.alternatives = Alternatives.build(configurations, groups, resources, delta)
         order = self.alternatives.order
-        base = configurations.usage[:, self.alternatives.base].sum(axis=1)
-        # what sums relative to the base configurations may be off by; a plan that takes this room is refused later
-        rounding = np.maximum(0.5e-12 * np.abs(problem.caps), ROUNDING * (np.abs(problem.caps) + base))
-        self.room = (problem.room + rounding - base)[order]
+        self.room = (room - configurations.usage[:, self.alternatives.base].sum(axis=1))[order]
         self.multipliers = multipliers[order]
         self.prices = Prices.build(self.alternatives, self.room, self.multipliers, delta)
         self.most = delta * (1 + SLACK)
-        self.least, self.completions = self._completions(self.alternatives)
-        self.states = 0
+        self.completion = self._completion()
+        self.least = 0.0 if self.completion is None else max(0.0, self.completion.least)
+        self.states = self.limit = 0
         self.blocks = self._blocks(delta)
 
-    def run(self, clock: Clock) -> Found:
-        """Suffixes backwards, then prefixes forwards, joined after every block."""
+    def run(self, limit: int, clock: Clock) -> Found:
+        """Suffixes backwards, then prefixes forwards, joined after every block.
+
+        Args:
+            limit: most partial plans of the same groups; of more, those of least deviation stay.
+            clock: the search gives up when its limit has passed.
+        """
+        self.states, self.limit = 0, limit
         if self.least > self.most:
             return Found(None, self.configurations.complete, self.least, 0, 0)
         start = Partial.empty(self.room.size, self.prices.slack.size)
@@ -132,19 +117,19 @@ class _Search:
             for group in reversed(self.blocks[position][0]):
                 if clock.over:
                     return Found(None, False, self.least, self.states, 0)
-                rests = [completion.before[group] for completion in self.completions]
-                suffix = self._extended(suffix, group, self.most * self.blocks[position - 1][1], rests)
+                rest = None if self.completion is None else self.completion.before[group]
+                suffix = self._extended(suffix, group, self.most * self.blocks[position - 1][1], rest)
             suffixes.append(suffix)
         suffixes.reverse()
-        prefix, delta, pairs, best = start, self.most, 0, np.inf
+        prefix, delta, pairs, above = start, self.most, 0, np.inf
         chosen: tuple[Partial, int, Partial, int] | None = None
         complete = self.configurations.complete
         for (groups, share), suffix in zip(self.blocks, suffixes, strict=True):
             for group in groups:
                 if clock.over:
-                    return Found(self._columns(chosen), False, self.least, self.states, pairs)
-                rests = [completion.behind[group + 1] for completion in self.completions]
-                prefix = self._extended(prefix, group, delta, rests)
+                    return Found(self._columns(chosen), False, self.least, self.states, pairs, above)
+                rest = None if self.completion is None else self.completion.behind[group + 1]
+                prefix = self._extended(prefix, group, delta, rest)
             last = suffix is suffixes[-1]
             kept = 0 if last else prefix.within(self.most * (1 - share)).states
             done = prefix.part(kept, prefix.states)
@@ -153,12 +138,13 @@ class _Search:
             complete &= pair.complete and prefix.complete and suffix.complete
             if pair.first >= 0:
                 loss = float(done.loss[pair.first] + suffix.loss[pair.second])
-                if loss < best:
-                    best, chosen = loss, (done, pair.first, suffix, pair.second)
-                    # what a plan deviates by, unused room included, is its change of loss and the priced room
-                    delta = min(delta, (best + float(self.multipliers @ self.room)) * (1 + SLACK))
+                # what a plan deviates by, unused room included, is its change of loss and the priced room
+                deviation = loss + float(self.multipliers @ self.room)
+                if deviation < above:
+                    above, chosen = deviation, (done, pair.first, suffix, pair.second)
+                    delta = min(delta, above * (1 + SLACK))
             prefix = prefix.part(0, kept)
-        return Found(self._columns(chosen), complete, self.least, self.states, pairs)
+        return Found(self._columns(chosen), complete, self.least, self.states, pairs, above)
 
     def _blocks(self, delta: float) -> list[tuple[list[int], float]]:
         """Consecutive open groups, and the share of delta left to the suffixes behind each block's end.
@@ -166,21 +152,19 @@ class _Search:
         The share is where prefixes and suffixes are expected to be equally many. Of groups with deviations d, about
         exp(min over beta of beta D + sum over groups of log sum exp(-beta d)) partial plans deviate by up to D.
         """
-        members = self.alternatives.members
-        if not members or delta <= 0:
-            return [(list(range(len(members))), 1.0)]
-        deviation = self.alternatives.deviation / delta
+        bundles = self.alternatives.bundles
+        if not bundles or delta <= 0:
+            return [(list(range(bundles)), 1.0)]
         betas = np.geomspace(0.1, 1e4, 48)
-        weights = np.exp(-betas[:, None] * deviation[np.concatenate(members)])
-        first = np.cumsum([0] + [part.size for part in members[:-1]])
-        before = np.cumsum(np.log(np.add.reduceat(weights, first, axis=1)), axis=1)
+        weights = np.exp(-betas[:, None] * (self.alternatives.deviation / delta))
+        before = np.cumsum(np.log(np.add.reduceat(weights, self.alternatives.start[:-1], axis=1)), axis=1)
         behind = before[:, -1:] - before
         plans = betas + before[:, -1]
         usual = int(np.argmin(plans))
         blocks = BLOCKS if plans[usual] > SMALL and self.room.size > 1 else FEW_BLOCKS
         done = before[usual] / max(float(before[usual, -1]), np.finfo(np.float64).tiny)
-        ends = np.unique(np.searchsorted(done, np.arange(1, blocks + 1) / blocks - 1e-9))
-        ends = np.append(ends[ends < len(members) - 1], len(members) - 1)
+        ends = distinct(np.searchsorted(done, np.arange(1, blocks + 1) / blocks - 1e-9))
+        ends = np.append(ends[ends < bundles - 1], bundles - 1)
         shares = np.linspace(0.0, 1.0, 65)
         spent = betas[:, None] * shares
         share = []
@@ -195,27 +179,28 @@ class _Search:
             (list(range(first, last + 1)), each) for first, last, each in zip(starts, ends.tolist(), share, strict=True)
         ]
 
-    def _completions(self, alternatives: Alternatives) -> tuple[float, list[Completion]]:
-        """Least that a plan may deviate, and bounds on continuations for every resource with a price.
+    def _completion(self) -> Completion | None:
+        """Bounds on continuations that keep the priced resource of fewest different values exactly.
 
-        None where one resource alone has a price, since dominance leaves a staircase there anyway, and none for very
-        many groups, among which even large steps of a resource add up to almost anything.
+        That is the one whose price says least; the stairs of another, such as latency, are many and hardly better than
+        its price. None where one resource alone has a price, since dominance leaves a staircase there anyway, and for
+        very many groups, among which even large steps of a resource add up to almost anything.
         """
-        priced = np.flatnonzero(self.multipliers > 0).tolist()
-        if len(priced) < 2 or len(alternatives.members) > MOST_GROUPS:
-            return 0.0, []
-        arguments = (alternatives.members, alternatives.loss, alternatives.usage, self.room, self.multipliers)
-        completions = [Completion(resource, *arguments, self.most) for resource in priced]
-        return max(0.0, *(completion.least for completion in completions)), completions
+        priced = np.flatnonzero(self.multipliers > 0)
+        if priced.size < 2 or self.alternatives.bundles > MOST_GROUPS:
+            return None
+        members = [slice(first, last) for first, last in pairwise(self.alternatives.start.tolist())]
+        loss, usage = self.alternatives.loss, self.alternatives.usage
+        return Completion(int(priced[0]), members, loss, usage, self.room, self.multipliers, self.most)
 
-    def _extended(self, partial: Partial, group: int, most: float, rests: list[Staircase]) -> Partial:
+    def _extended(self, partial: Partial, group: int, most: float, rest: Staircase | None) -> Partial:
         """The partial plans with one more group, as far as they deviate by at most `most`.
 
         Args:
-            rests: what each of the completions knows of the groups that are still open.
+            rest: what the completion knows of the groups that are still open.
         """
         alternatives, deviation = self.alternatives, self.alternatives.deviation
-        members = alternatives.members[group]
+        members = np.arange(alternatives.start[group], alternatives.start[group + 1])
         counts = np.searchsorted(partial.deviation, most - deviation[members], side="right")
         complete = partial.complete
         if counts.sum() > 2 * self.limit:
@@ -230,8 +215,8 @@ class _Search:
         total = partial.deviation[parents] + deviation[choices]
         spent = partial.spent + self.prices.least[:, group]
         kept = self.prices.within(loss, usage, spent) if self.prices.slack.size else np.arange(loss.size)
-        for completion, rest in zip(self.completions, rests, strict=True):
-            kept = kept[completion.within(loss[kept], usage[:, kept], rest)]
+        if self.completion is not None and rest is not None:
+            kept = kept[self.completion.within(loss[kept], usage[:, kept], rest)]
         kept = kept[undominated(loss[kept], usage[:, kept])]
         kept = kept[np.argsort(total[kept], kind="stable")]
         if kept.size > self.limit:
@@ -258,5 +243,6 @@ class _Search:
         for partial, state in ((prefix, one), (suffix, two)):
             for alternative in partial.choices_of(state):
                 parts = self.alternatives.parts[alternative]
+                parts = parts[parts >= 0]
                 plan[self.configurations.group[parts]] = parts
         return self.configurations.columns_of(plan)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,7 @@ import numpy.typing as npt
 from .errors import SolverError
 from .partitions import has_partition, partitions
 
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
@@ -43,6 +46,14 @@ def offsets(lengths: Integers) -> Integers:
     return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
 
 
+def distinct(values: npt.NDArray[_Scalar]) -> npt.NDArray[_Scalar]:
+    """The different values, ascending. `np.unique` loads numpy.ma at its first call, longer than many a solve."""
+    ordered = np.sort(values)
+    new = np.ones(ordered.size, dtype=bool)
+    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
+    return ordered[new]
+
+
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Runs of equal (group, mask).
@@ -63,7 +74,7 @@ class Segments:
     def build(cls, group: npt.NDArray[np.int32], mask: Integers, groups: int) -> Segments:
         """Find the runs; `group` (columns,) and `mask` (columns,) sorted by (group, mask)."""
         new = np.flatnonzero((np.diff(group) != 0) | (np.diff(mask) != 0)) + 1
-        start = np.unique(np.concatenate(([0], new, [group.size]))).astype(np.int64)
+        start = distinct(np.concatenate(([0], new, [group.size]))).astype(np.int64)
         segment_group = group[start[:-1]].astype(np.int64)
         group_start = np.searchsorted(segment_group, np.arange(groups + 1)).astype(np.int64)
         return cls(start, segment_group, mask[start[:-1]], group_start)
@@ -71,13 +82,16 @@ class Segments:
     def shapes(self, group_sizes: npt.NDArray[np.int32]) -> Iterator[tuple[Integers, int, list[int]]]:
         """Yield (groups, size, masks) for every distinct pair of group size and set of masks."""
         counts = np.diff(self.group_start)
-        for count in np.unique(counts):
+        for count in distinct(counts):
             members = np.flatnonzero(counts == count)
             table = self.mask[self.group_start[members][:, None] + np.arange(count)]
             keys = np.column_stack((group_sizes[members].astype(np.int64), table))
-            distinct, inverse = np.unique(keys, axis=0, return_inverse=True)
+            if (keys == keys[0]).all():  # most often, and quicker to see than to sort
+                yield members, int(keys[0, 0]), keys[0, 1:].tolist()
+                continue
+            kinds, inverse = np.unique(keys, axis=0, return_inverse=True)
             inverse = inverse.reshape(-1)
-            for row, key in enumerate(distinct.tolist()):
+            for row, key in enumerate(kinds.tolist()):
                 yield members[inverse == row], key[0], key[1:]
 
     def uncoverable(self, group_sizes: npt.NDArray[np.int32]) -> Integers:
@@ -87,9 +101,10 @@ class Segments:
         ]
         return np.sort(np.concatenate(bad)) if bad else np.empty(0, np.int64)
 
-    def of_columns(self, columns: Integers) -> Integers:
-        """The segment of each of `columns`; (len(columns),)."""
-        return np.searchsorted(self.start, columns, side="right") - 1
+    @cached_property
+    def of_column(self) -> Integers:
+        """The segment of each column; (columns,)."""
+        return np.repeat(np.arange(self.mask.size), np.diff(self.start))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,16 +189,12 @@ class Structure:
         hits = np.flatnonzero(values == group_minima[self.partition_group])
         groups = np.arange(group_minima.size)
         chosen = hits[np.searchsorted(self.partition_group[hits], groups)]
-        lengths = np.diff(self.partition_start)[chosen]
-        used = self.partition_segments[ranges(self.partition_start[chosen], lengths)]
+        starts = self.partition_start[chosen]
+        used = self.partition_segments[ranges(starts, self.partition_start[chosen + 1] - starts)]
         return float(group_minima.sum()), self.first_columns(cost, minima, used)
 
     def first_columns(self, cost: Floats, minima: Floats, used: Integers) -> Integers:
         """First column of each segment in `used` whose cost is the segment's minimum, ascending."""
-        start = self.segments.start
-        lengths = (start[1:] - start[:-1])[used]
-        candidates = ranges(start[used], lengths)
-        row = np.repeat(np.arange(used.size), lengths)
-        hits = np.flatnonzero(cost[candidates] == minima[used][row])
-        first = hits[np.searchsorted(row[hits], np.arange(used.size))]
-        return np.sort(candidates[first])
+        owner = self.segments.of_column
+        hits = np.flatnonzero(cost == minima[owner])
+        return hits[np.searchsorted(owner[hits], np.sort(used))]

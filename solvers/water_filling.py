@@ -88,7 +88,7 @@ class _Ideal:
         first_layer = offsets(problem.group_sizes.astype(np.int64))
         self._pair_segment, bit = np.nonzero((segments.mask[:, None] >> np.arange(int(problem.group_sizes.max()))) & 1)
         self._pair_layer = first_layer[segments.group[self._pair_segment]] + bit
-        self._segment_of_column = np.repeat(np.arange(segments.mask.size), np.diff(segments.start))
+        self._segment_of_column = segments.of_column
         self.floor = np.full(self.weights.size, np.inf)
         np.minimum.at(self.floor, self._pair_layer, structure.segment_minima(self.bits)[self._pair_segment])
         with np.errstate(divide="ignore"):

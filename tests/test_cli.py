@@ -10,20 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 from msq.cli import main
-
-
-@pytest.fixture
-def msq(monkeypatch, capsys):
-    """Runs a command line; returns (exit code, stdout, stderr)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["msq", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        printed = capsys.readouterr()
-        return int(stopped.value.code or 0), printed.out, printed.err
-
-    return run
+from msq.planner.plan import load_plan, parse_plan
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +45,14 @@ def test_the_main_job(msq, profile, tiny_llama, tmp_path):
     assert abs(json.loads(out)["kl"]) < 1e-6
     code, out, _ = msq("generate", checkpoint, "--prompt", "The", "--max-tokens", 4, "--json")
     assert code == 0 and json.loads(out)["prompt"] == "The"
+    code, out, _ = msq("benchmark", checkpoint, "--batch-size", "1,2", "--context", 8, "--json")
+    told = json.loads(out)
+    held = told["weight_bytes"] + told["shared_codebook_bytes"]
+    assert code == 0 and held == told["promised_bytes"] == found["memory_bytes"]
+    assert [step["batch_size"] for step in told["steps"]] == [1, 2] and all(s["step_us"] > 0 for s in told["steps"])
+    assert parse_plan(told["plan"], "benchmark") == load_plan(plan)
+    code, out, _ = msq("benchmark", tiny_llama / "config.json", "--plan", plan, "--context", 8)
+    assert code == 0 and f"; {found['memory_bytes']} promised" in out
 
 
 def test_hessians_from_profile_to_checkpoint(msq, tiny_llama, tmp_path):
@@ -272,6 +267,9 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
         (["evaluate", "{t}/none", "--text", "{t}/none.txt"], "no model directory"),
         (["evaluate", "ref-tiny-3m", "--text", "{t}/none.txt"], "can't read the text"),
         (["generate", "{t}/none", "--prompt", "x"], "no model directory"),
+        (["generate", "ref-tiny-3m", "--prompt", ""], "expected a prompt of 1 to"),
+        (["benchmark", "{t}/none"], "there is none"),
+        (["benchmark", "llama-4-8b", "--plan", "{t}/none.yaml"], "can't read the plan"),
         (["profile", "ref-tiny-4m", "--out", "{t}/p"], "near matches: ref-tiny-3m"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--loss", "calibration"], "calibration needs a text"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--loss", "fishy"], "unknown loss method"),

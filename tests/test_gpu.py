@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.kernels.linear import FusedLinear, QuantizedLinear
-from msq.kernels.quantize import QuantizedWeight, decode, quantize
+from msq.kernels.quantize import decode, quantize
 from msq.kernels.quantizers.viterbi import viterbi_encode
 from msq.kernels.rotation import rotate
 from msq.kernels.specs import default_palette
@@ -15,20 +15,13 @@ from msq.profiles.timing import timer_for
 
 pytestmark = pytest.mark.gpu
 SPECS = default_palette(12)
-
-
-def to(weight: QuantizedWeight, device: str) -> QuantizedWeight:
-    packed = tuple(part.to(device) for part in weight.packed)
-    scales, codebook = weight.scales.to(device), weight.codebook.to(device)
-    return QuantizedWeight(
-        weight.spec, weight.out_features, weight.in_features, weight.rotation_seed, packed, scales, codebook
-    )
+CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)
 def test_decoded_weights_are_exactly_equal(spec):
     weight = quantize(torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), spec, rotation_seed=1)
-    assert torch.equal(decode(to(weight, "cuda")).cpu(), decode(weight))
+    assert torch.equal(decode(weight.to(CUDA)).cpu(), decode(weight))
 
 
 @pytest.mark.parametrize("size", [256, 1536, 5120, 11008, 14336])
@@ -51,7 +44,7 @@ def test_products_agree(dtype):
     generator = torch.Generator().manual_seed(0)
     weights = [quantize(torch.randn(32, 96, generator=generator), SPECS[20], rotation_seed=1) for _ in range(2)]
     x = torch.randn(5, 96, generator=generator).to(dtype)
-    fused = FusedLinear([to(w, "cuda") for w in weights], [None, None]).slices()
+    fused = FusedLinear([w.to(CUDA) for w in weights], [None, None]).slices()
     for weight, part in zip(weights, fused, strict=True):
         expected = QuantizedLinear(weight)(x.float())
         found = part(x.cuda()).cpu().float()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..specs import TILE, QuantizerSpec
+from ..specs import TILE, QuantizerSpec, TrellisCode
 from .jit import Kernel, load
 from .layout import PreparedWeight
 from .tuning import FORMATS, Launch, Tuning, device_limits, launch_for, tune
@@ -34,19 +34,28 @@ def unsupported_reason(
         return (
             f"the decode kernels need compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} is older."
         )
-    if out_features % TILE or in_features % (2 * TILE):
-        return (
-            f"the decode kernels take multiples of {TILE} outputs and {2 * TILE} inputs; "
-            f"got {out_features} x {in_features}."
-        )
+    reason = _unsupported_weight(spec, out_features, in_features)
+    if reason is not None:
+        return reason
     if not 1 <= batch_size <= MAX_BATCH:
         return f"the decode kernels take 1 to {MAX_BATCH} tokens; got {batch_size}: dequantize and multiply instead."
     index = torch.cuda.current_device() if device.index is None else device.index
     limits = device_limits(index)
-    if tune(spec, out_features, in_features, batch_size, torch.float16, limits) is None:
+    if tune(spec, out_features, in_features, batch_size, limits) is None:
         return (
             f"{spec.label} of {in_features} inputs and {batch_size} tokens needs more shared memory than the "
             f"{limits.shared_bytes} bytes of {device}."
+        )
+    return None
+
+
+def _unsupported_weight(spec: QuantizerSpec, out_features: int, in_features: int) -> str | None:
+    if spec.code is not TrellisCode.HYB:
+        return f"the decode kernels know the trellis code hyb; {spec.label} runs as reference."
+    if out_features % TILE or in_features % (2 * TILE):
+        return (
+            f"the decode kernels take multiples of {TILE} outputs and {2 * TILE} inputs; "
+            f"got {out_features} x {in_features}."
         )
     return None
 
@@ -71,7 +80,7 @@ def ready(
     if reason is not None:
         raise KernelError(reason)
     limits = device_limits(index)
-    chosen = tuning or tune(spec, out_features, in_features, batch, dtype, limits)
+    chosen = tuning or tune(spec, out_features, in_features, batch, limits)
     launch = None
     if chosen is not None:
         launch = launch_for(spec, out_features, in_features, batch, dtype, limits, chosen)
@@ -95,10 +104,9 @@ def kernel_arguments(
     x: Tensor, weight: PreparedWeight, bias: Tensor | None, y: Tensor, workspace: Tensor | None, launch: Launch
 ) -> tuple[Tensor | int | None, ...]:
     """What the kernel is called with, in the order of its parameters."""
-    low, high = weight.units[0], weight.units[-1] if len(weight.units) > 1 else None
-    columns = weight.segment_columns
+    high = weight.units[1] if len(weight.units) > 1 else None
     return (
-        low,
+        weight.units[0],
         high,
         weight.codebook if weight.codebook.numel() else None,
         weight.scales,
@@ -107,12 +115,12 @@ def kernel_arguments(
         y,
         workspace if launch.workspace_words else None,
         weight.out_features // TILE,
-        low.shape[1],
+        weight.units[0].shape[1],
         0 if high is None else high.shape[1],
-        columns[0],
-        columns[1] if len(columns) > 1 else 0,
+        weight.segment_columns[0],
+        0 if high is None else weight.segment_columns[1],
         x.shape[0],
-        launch.row_capacity,
+        launch.block_tiles,
     )
 
 

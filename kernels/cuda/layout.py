@@ -6,13 +6,19 @@ takes pairs ``16 g .. 16 g + 15`` of tile ``t`` and then of tile ``4 + t``, ``2 
 32-bit words. In memory the lanes' words are interleaved in pieces of 16 bytes a lane, then one of 8 where
 ``width & 2``, then one of 4 where ``width & 1``. `sources/decoders.cuh` is the other side of this.
 
-No byte is changed and none added, unless the tiles of a row are no multiple of 8: then the last unit is filled up with
+Quantizers that are decoded by a table of at most 8 bits (`plane_bits`) have each lane's bits in *byte planes*: a code
+of one pair, or of two where that is 8 bits or less, is to be a byte that one instruction cuts out. Code ``4 i + j`` of
+a lane is the low bits of byte ``j`` of word ``i``; the codes left over are spread over the bits above: plane ``n`` of
+those, one bit in each of the four bytes, is the ``n % bits``-th of the codes ``4 * (width + n // bits) + j``.
+
+No bit is changed and none added, unless the tiles of a row are no multiple of 8: then the last unit is filled up with
 zeros, which meet zeros in the input. Each segment of a two-rate quantizer is treated by itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +29,8 @@ from ..specs import TILE, QuantizerSpec
 
 UNIT_TILES = 8
 UNIT_COLUMNS = UNIT_TILES * TILE
+LARGEST_BYTE_CODE = 8
+"""Bits of a pair's code up to which the kernels cut codes out of bytes."""
 
 
 @dataclass(frozen=True)
@@ -69,21 +77,53 @@ def _pieces(width: int) -> list[int]:
     return [16] * (width // 4) + [8] * (width >> 1 & 1) + [4] * (width & 1)
 
 
-def to_units(packed: Tensor) -> Tensor:
+def plane_bits(spec: QuantizerSpec, width: int) -> int:
+    """Bits of the codes that lie in byte planes; 0 where the lanes' bits are a plain stream."""
+    if spec.has_trellis or width > LARGEST_BYTE_CODE:
+        return 0
+    return width if 2 * width > LARGEST_BYTE_CODE else 2 * width
+
+
+@cache
+def _plane_order(bits: int, width: int) -> Tensor:
+    """For each bit of a lane's words in byte planes, which bit of the plain stream it is: ``(32 * width,)``."""
+    word, byte, bit = torch.meshgrid(torch.arange(width), torch.arange(4), torch.arange(8), indexing="ij")
+    plane = word * (8 - bits) + bit - bits
+    octet = torch.where(bit < bits, word, width + plane // bits)
+    return ((4 * octet + byte) * bits + torch.where(bit < bits, bit, plane % bits)).flatten()
+
+
+def _reorder_bits(lanes: Tensor, order: Tensor) -> Tensor:
+    """Bit ``i`` of the result is bit ``order[i]`` of `lanes` ``(..., bytes)`` uint8, row of tiles by row of tiles."""
+    places = torch.arange(8, dtype=torch.uint8, device=lanes.device)
+    values = (1 << torch.arange(8, device=lanes.device)).to(torch.uint8)
+    order = order.to(lanes.device)
+    out = torch.empty_like(lanes)
+    for row, octets in enumerate(lanes):
+        bits = (octets.unsqueeze(-1) >> places & 1).flatten(-2)[..., order]
+        out[row] = (bits.unflatten(-1, (-1, 8)) * values).sum(-1, dtype=torch.uint8)
+    return out
+
+
+def to_units(packed: Tensor, spec: QuantizerSpec) -> Tensor:
     """``(row_tiles, column_tiles, 16 * width)`` -> ``(row_tiles, units, 128 * width)``, both uint8."""
     width = packed.shape[-1] // 16
     padded = F.pad(packed, (0, 0, 0, -packed.shape[1] % UNIT_TILES))
     dealt = padded.unflatten(1, (-1, 2, 4)).unflatten(4, (8, 2 * width))  # row, unit, block, t, g, bytes
     lanes = dealt.permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(2, 3)  # row, unit, lane, 4 * width bytes
+    if bits := plane_bits(spec, width):
+        lanes = _reorder_bits(lanes, _plane_order(bits, width))
     return torch.cat([piece.flatten(2) for piece in lanes.split(_pieces(width), dim=3)], dim=2)
 
 
-def from_units(units: Tensor, column_tiles: int) -> Tensor:
+def from_units(units: Tensor, column_tiles: int, spec: QuantizerSpec) -> Tensor:
     """Inverse of `to_units`: ``(row_tiles, units, 128 * width)`` -> ``(row_tiles, column_tiles, 16 * width)``."""
     width = units.shape[-1] // 128
     sizes = _pieces(width)
     parts = units.split([32 * size for size in sizes], dim=2)
     lanes = torch.cat([part.unflatten(2, (32, size)) for part, size in zip(parts, sizes, strict=True)], dim=3)
+    if bits := plane_bits(spec, width):
+        lanes = _reorder_bits(lanes, torch.argsort(_plane_order(bits, width)))
     dealt = lanes.unflatten(2, (8, 4)).unflatten(4, (2, 2 * width))  # row, unit, g, t, block, bytes
     tiles: Tensor = dealt.permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(1, 3)
     return tiles[:, :column_tiles].contiguous()
@@ -95,7 +135,7 @@ def prepare(weight: QuantizedWeight) -> PreparedWeight:
         weight.spec,
         weight.out_features,
         weight.in_features,
-        tuple(to_units(part) for part in weight.packed),
+        tuple(to_units(part, weight.spec) for part in weight.packed),
         weight.scales.contiguous(),
         weight.codebook.contiguous(),
     )

@@ -19,8 +19,8 @@ from ..quantize import QuantizedWeight
 from ..specs import QuantizerSpec
 from . import ops
 from .decode import new_workspace
-from .hadamard import rotation_tables
 from .layout import from_units, prepare
+from .rotation_plan import rotation_tables
 from .tuning import Limits, device_limits, launch_for, tune
 
 _workspaces: dict[torch.device, Tensor] = {}
@@ -61,9 +61,19 @@ class KernelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` fp16 or bf16 -> ``(..., out_features)``; fp32 inside."""
-        if self._table_names:
-            signs, *matrices = [getattr(self, name) for name in self._table_names]
-            x = torch.ops.msq.rotate(x, signs, matrices)
+        tables = self.rotation
+        return self.product(x if tables is None else torch.ops.msq.rotate(x, *tables))
+
+    @property
+    def rotation(self) -> tuple[Tensor, list[Tensor]] | None:
+        """Signs and matrices of the input's rotation, as the operators take them; None where it is not rotated."""
+        if not self._table_names:
+            return None
+        signs, *matrices = [getattr(self, name) for name in self._table_names]
+        return signs, matrices
+
+    def product(self, x: Tensor) -> Tensor:
+        """`forward` of an input that is rotated already: layers of one input may share its rotation."""
         units = [getattr(self, name) for name in self._unit_names]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         spec = self.spec
@@ -77,7 +87,7 @@ class KernelLinear(nn.Module):
         """The packed layer in its stored layout."""
         tiles = self.spec.segment_tiles(self.in_features)
         units = [getattr(self, name) for name in self._unit_names]
-        packed = tuple(from_units(part, count) for part, count in zip(units, tiles, strict=True))
+        packed = tuple(from_units(part, count, self.spec) for part, count in zip(units, tiles, strict=True))
         shape = (self.out_features, self.in_features)
         return QuantizedWeight(self.spec, *shape, self.rotation_seed, packed, self.scales, self.codebook)
 
@@ -108,10 +118,10 @@ class KernelLinear(nn.Module):
 @cache
 def _workspace_words(spec: QuantizerSpec, out_features: int, in_features: int, limits: Limits) -> int:
     words = 0
+    shape = (spec, out_features, in_features)
     for batch in range(1, ops.DECODE_LIMIT + 1):
-        shape = (spec, out_features, in_features, batch, torch.float16, limits)
-        tuning = tune(*shape)
-        launch = None if tuning is None else launch_for(*shape, tuning)
+        tuning = tune(*shape, batch, limits)
+        launch = None if tuning is None else launch_for(*shape, batch, torch.float16, limits, tuning)
         words = max(words, 0 if launch is None else launch.workspace_words)
     return words
 

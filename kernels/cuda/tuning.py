@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 
 from ..specs import TILE, Family, QuantizerSpec
 from .jit import Source
-from .layout import UNIT_COLUMNS, pair_width
+from .layout import UNIT_COLUMNS, pair_width, plane_bits
 from .limits import Limits, device_limits
 
 __all__ = ["FORMATS", "Launch", "Limits", "Tuning", "device_limits", "launch_for", "table_macros", "tune"]
-
 
 FORMATS = {torch.float16: 0, torch.bfloat16: 1}
 _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.HALF_TCQ: 3}
 _LARGEST_PAIR_TABLE = {Family.INT: 4, Family.NUQ: 5}
 """Bits up to which pairs of weights are looked up; above, `nuq` looks up single weights and `int` calculates."""
 
-_WORDS_AHEAD = 16
-"""Words of packed weights that a lane has under way while it decodes a unit: with 16 warps 32 KB a multiprocessor, what
-it takes to keep an H200's memory busy."""
-_DEEPEST = 5
-"""Units in registers at most: the loop is unrolled as often."""
+_BYTE_ENTRY = 256
+"""Bytes from one entry to the next in the table of a quantizer whose codes are bytes."""
 
 _RESERVED_BYTES = 1024
 """Shared memory that the system takes of every block's."""
@@ -39,7 +36,8 @@ class Tuning:
         warps: warps of a block.
         blocks: blocks of a launch for each multiprocessor.
         resident: blocks for which a multiprocessor has registers; more than `blocks` lets the next launch start early.
-        depth: units (16 rows x 128 columns) that a warp has in registers or on their way; 0 for 16 words a lane ahead.
+        rows: rows of tiles that a warp decodes side by side: a step is one unit (16 rows x 128 columns) in each.
+        row_groups: groups of warps that take different rows; the warps of a group share the columns.
         splits: chunks of the input dimension that different blocks take.
         replicas: copies of the table in shared memory; 32 make every lookup free of conflicts.
         signed: for trellis codes, a table of both signs: twice as large, one instruction less a pair.
@@ -49,7 +47,8 @@ class Tuning:
     warps: int = 16
     blocks: int = 1
     resident: int = 1
-    depth: int = 0
+    rows: int = 2
+    row_groups: int = 1
     splits: int = 1
     replicas: int = 32
     signed: bool = True
@@ -64,7 +63,7 @@ class Launch:
         source: what to compile.
         grid, block: blocks, and threads of a block.
         shared_bytes: dynamic shared memory of a block.
-        row_capacity: rows of a block for which `shared_bytes` has room.
+        block_tiles: rows of 16 x 16 tiles of a block for which `shared_bytes` has room.
         workspace_words: 32-bit words of workspace, all ones before the first call and after each.
     """
 
@@ -72,13 +71,13 @@ class Launch:
     grid: int
     block: int
     shared_bytes: int
-    row_capacity: int
+    block_tiles: int
     workspace_words: int
 
 
 def table_macros(spec: QuantizerSpec, replicas: int, signed: bool) -> tuple[dict[str, int], int]:
     """Macros of ``decoders.cuh`` without the widths, and the bytes of the table in shared memory."""
-    entries = spec.codebook_shape[0]
+    entries, width = spec.codebook_shape[0], pair_width(max(spec.rates))
     pairs = spec.family is Family.VQ or spec.bits <= _LARGEST_PAIR_TABLE.get(spec.family, 0)
     macros = {
         "FAMILY": _FAMILIES[spec.family],
@@ -90,9 +89,75 @@ def table_macros(spec: QuantizerSpec, replicas: int, signed: bool) -> tuple[dict
     }
     if spec.has_trellis:
         entries <<= signed
+    elif bits := plane_bits(spec, width):
+        return macros, _BYTE_ENTRY << bits
     elif pairs:
-        entries = 1 << pair_width(spec.bits)
+        entries = 1 << width
     return macros, 4 * entries * replicas
+
+
+@dataclass(frozen=True)
+class _Division:
+    """What a block takes.
+
+    Attributes:
+        row_tiles: rows of tiles of the weight, in `chunk_blocks` blocks of `block_tiles` at most.
+        units: units of a row in each segment, of a block's chunk of the input dimension,
+        warps: and how many warps work on them.
+        table_bytes, shared_bytes: of shared memory, the table and all.
+    """
+
+    row_tiles: int
+    chunk_blocks: int
+    block_tiles: int
+    units: tuple[int, ...]
+    warps: tuple[int, ...]
+    table_bytes: int
+    shared_bytes: int
+
+
+def _tokens(batch: int) -> int:
+    """Tokens that a kernel is compiled for."""
+    return 1 << (batch - 1).bit_length()
+
+
+def _share_warps(units: tuple[int, ...], tuning: Tuning) -> tuple[int, ...] | None:
+    """Warps for each segment, so that the busiest has least to do; None where there are too few."""
+    if len(units) == 1:
+        return (tuning.warps,)
+    groups = tuning.row_groups
+    choices = [(tuning.warps - high, high) for high in range(groups, tuning.warps, groups)]
+    return min(choices, key=lambda warps: _most_units(units, warps, groups), default=None)
+
+
+def _most_units(units: tuple[int, ...], warps: tuple[int, ...], groups: int) -> int:
+    """Units of a row of tiles for the busiest warp."""
+    return max(-(-count // (some // groups)) for count, some in zip(units, warps, strict=True))
+
+
+def _divide(
+    spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits, tuning: Tuning
+) -> _Division | None:
+    """None where `tuning` does not fit the device."""
+    tokens, row_tiles = _tokens(batch), out_features // TILE
+    units = tuple(
+        math.ceil(math.ceil(tiles * TILE / UNIT_COLUMNS) / tuning.splits) for tiles in spec.segment_tiles(in_features)
+    )
+    chunk_blocks = min(limits.multiprocessors * tuning.blocks * tuning.waves // tuning.splits, row_tiles)
+    if not chunk_blocks:
+        return None
+    block_tiles = -(-row_tiles // chunk_blocks)
+    table_bytes = table_macros(spec, tuning.replicas, tuning.signed)[1]
+    factors = (tuning.warps + 1) * tokens * 4
+    slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
+    shared_bytes = table_bytes + factors + -factors % 16 + 4 * slots
+    shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * (sum(units) * UNIT_COLUMNS + 8)
+    if shared_bytes > (limits.shared_bytes + _RESERVED_BYTES) // tuning.blocks - _RESERVED_BYTES:
+        return None
+    warps = _share_warps(units, tuning)
+    if warps is None:
+        return None
+    return _Division(row_tiles, chunk_blocks, block_tiles, units, warps, table_bytes, shared_bytes)
 
 
 def launch_for(
@@ -105,81 +170,80 @@ def launch_for(
     tuning: Tuning,
 ) -> Launch | None:
     """The launch of a shape; None where `tuning` does not fit the device."""
-    tokens = 1 << (batch - 1).bit_length()
-    row_tiles = out_features // TILE
-    widths = [pair_width(rate) for rate in spec.rates]
-    units = [-(-tiles * TILE // UNIT_COLUMNS) for tiles in spec.segment_tiles(in_features)]
-    macros, table_bytes = table_macros(spec, tuning.replicas, tuning.signed)
-    tile_sums = tokens * (16 if tokens == 1 else 20)
-    macros |= {
+    division = _divide(spec, out_features, in_features, batch, limits, tuning)
+    if division is None:
+        return None
+    tokens, widths = _tokens(batch), [pair_width(rate) for rate in spec.rates]
+    macros = table_macros(spec, tuning.replicas, tuning.signed)[0] | {
         "WIDTH_LOW": widths[0],
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
-        "DEPTH": tuning.depth or min(_DEEPEST, 1 - -_WORDS_AHEAD // max(widths)),
+        "ROWS": tuning.rows,
+        "ROW_GROUPS": tuning.row_groups,
         "WARPS": tuning.warps,
+        "HIGH_WARPS": division.warps[1] if len(widths) > 1 else 0,
         "RESIDENT": max(tuning.blocks, tuning.resident),
         "TOKENS": tokens,
         "BFLOAT": FORMATS[dtype],
         "SPLITS": tuning.splits,
     }
-    chunk_blocks = min(limits.multiprocessors * tuning.blocks * tuning.waves // tuning.splits, row_tiles)
-    if not chunk_blocks:
-        return None
-    block_tiles = -(-row_tiles // chunk_blocks)
-    row_capacity = block_tiles * TILE
-    columns = sum(-(-count // tuning.splits) for count in units) * UNIT_COLUMNS
-    factors = (tuning.warps + 1) * tokens * 4
-    slots = len(widths) * block_tiles + tuning.warps
-    shared = table_bytes + factors + -factors % 16 + slots * tile_sums * 4
-    shared += 2 * 2 * row_capacity + batch * 2 * (columns + 8)
-    if shared > (limits.shared_bytes + _RESERVED_BYTES) // tuning.blocks - _RESERVED_BYTES:
-        return None
     return Launch(
         Source("decode.cu", "multiply", macros),
-        chunk_blocks * tuning.splits,
+        division.chunk_blocks * tuning.splits,
         32 * tuning.warps,
-        shared,
-        row_capacity,
-        (tuning.splits - 1) * row_tiles * tokens * TILE,
+        division.shared_bytes,
+        division.block_tiles,
+        (tuning.splits - 1) * division.row_tiles * tokens * TILE,
     )
 
 
 @cache
-def tune(
-    spec: QuantizerSpec, out_features: int, in_features: int, batch: int, dtype: torch.dtype, limits: Limits
-) -> Tuning | None:
+def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
     """The tuning that should be fastest; None where none fits."""
-    start = Tuning(replicas=1 if spec.family is Family.INT and spec.bits > 4 else 32)
+    replicas = (1,) if spec.family is Family.INT and spec.bits > _LARGEST_PAIR_TABLE[Family.INT] else (32, 16, 8, 4, 1)
     signs = (True, False) if spec.has_trellis else (True,)
-    tables = list(
-        dict.fromkeys([start, *(replace(start, replicas=r, signed=s) for r in (32, 16, 8, 4, 1) for s in signs)])
-    )
-    best: tuple[float, Tuning] | None = None
-    for splits, (rank, table), waves in itertools.product(range(1, 9), enumerate(tables), (1, 2, 4, 8)):
-        tuning = replace(table, splits=splits, waves=waves)
-        launch = launch_for(spec, out_features, in_features, batch, dtype, limits, tuning)
-        if launch is None:
-            continue
-        cost = _cost(spec, in_features, batch, launch, tuning) * (1 + 0.05 * rank)
-        if best is None or cost < best[0]:
-            best = cost, tuning
-    return None if best is None else best[1]
+    for waves in (1, 2, 4, 8):
+        best: tuple[float, Tuning] | None = None
+        for copies, signed, splits, rows, groups in itertools.product(
+            replicas, signs, (1, 2, 3, 4, 6, 8), (2, 1), (1, 2, 4)
+        ):
+            tuning = Tuning(rows=rows, row_groups=groups, splits=splits, replicas=copies, signed=signed, waves=waves)
+            division = _divide(spec, out_features, in_features, batch, limits, tuning)
+            if division is not None:
+                cost = _cycles(spec, batch, division, tuning)
+                if best is None or cost < best[0]:
+                    best = cost, tuning
+        if best is not None:
+            return best[1]
+    return None
 
 
-_START_BYTES = 30_000
-"""Bytes that a multiprocessor could read while a block prepares its table (1 µs on an H200)."""
+# Cycles of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
+_UNIT_CYCLES = 40
+"""To decode a unit: its 32 lookups, and the loads of its codes and tokens."""
+_CONFLICTS = {32: 1.0, 16: 1.08, 8: 1.4, 4: 1.7, 1: 2.0}
+"""What `_UNIT_CYCLES` grow by with fewer copies of the table."""
+_ONE_ROW = 1.12
+"""And where a warp has one row at a time."""
+_UNSIGNED = 1.1
+"""And where signs are set by an instruction of their own."""
+_FIRST_STEP_CYCLES = 0.6
+"""What more rows in the first step cost, before which nothing can be decoded: in units of all warps."""
+_SPLIT_CYCLES = 1500
+"""To wait for other blocks' sums."""
+_STORE_BYTES = 128
+"""Of shared memory that a cycle writes; half of the table's time is spent waiting for weights anyway."""
 
-_TABLE_COST = 0.25
-"""Bytes that a multiprocessor could read while it writes one of the table."""
 
-_COMBINE_BYTES = 24_000
-"""Bytes that a multiprocessor could read while blocks wait for one another's sums (0.8 µs on an H200)."""
-
-
-def _cost(spec: QuantizerSpec, in_features: int, batch: int, launch: Launch, tuning: Tuning) -> float:
-    """Bytes that the busiest multiprocessor has to read, waiting included: a stand-in for time."""
-    columns = -(-in_features // tuning.splits)
-    weights = launch.row_capacity * columns * spec.bits / 8
-    tokens = batch * columns * 2
-    waiting = _COMBINE_BYTES + (tuning.splits - 1) * launch.row_capacity * batch * 4 if tuning.splits > 1 else 0
-    table = _TABLE_COST * table_macros(spec, tuning.replicas, tuning.signed)[1]
-    return tuning.waves * (weights + 0.7 * tokens + table + _START_BYTES) + waiting
+def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning) -> float:
+    """Cycles of the busiest multiprocessor, but for what all tunings have in common."""
+    rounds = -(-division.block_tiles // (tuning.rows * tuning.row_groups))
+    steps = rounds * _most_units(division.units, division.warps, tuning.row_groups)
+    unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas] * (_ONE_ROW if tuning.rows == 1 else 1)
+    if spec.has_trellis and not tuning.signed:
+        unit *= _UNSIGNED
+    decoding = tuning.warps * unit * (steps * tuning.rows + _FIRST_STEP_CYCLES * tuning.rows)
+    slots = division.block_tiles * (tuning.warps // tuning.row_groups)
+    adding = 2 * slots * max(1, _tokens(batch) * TILE / 32)
+    start = 0.5 * division.table_bytes / _STORE_BYTES + 2 * batch * sum(division.units) * UNIT_COLUMNS / _STORE_BYTES
+    waiting = _SPLIT_CYCLES + (tuning.splits - 1) * division.block_tiles * batch if tuning.splits > 1 else 0
+    return tuning.waves * (decoding + adding + start) + waiting

@@ -1,45 +1,57 @@
 """Build what a plan promised: quantize every layer, write the checkpoint, compare its bytes with the promise.
 
-Weights are read one at a time from the model's safetensors files and written in shards, so neither the whole model nor
-the whole checkpoint is ever in memory. Everything goes to a temporary directory beside the target, which is renamed in
-the end: a checkpoint is there whole or not at all. Hessians go to a work directory of their own, so that an interrupted
-job finds them again; it is removed when the checkpoint is there.
+Weights are read in pieces from the model's safetensors files and packed tensors go to their places in the checkpoint as
+they come, so neither the whole model nor the whole checkpoint is ever in memory. Every layer is a job of its own. Its
+result is kept in a working directory beside the target, with the Hessians, until the checkpoint is there: a call that
+was interrupted goes on from them. The checkpoint is built in there too and renamed in the end: it is there whole or not
+at all.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
 
 from ... import __version__
-from ...kernels.errors import QuantizerError
-from ...kernels.quantize import normalized_error, quantize
-from ...kernels.rotation import input_seed
-from ...profiles.hessians import Calibration, HessianFiles, collect_hessians
-from ...profiles.inventory import INDEX_FILE, WEIGHTS_FILE, ModelInventory, inventory, weight_files
+from ...kernels.quantize import tensor_shapes
+from ...kernels.specs import QuantizerSpec
+from ...profiles.engines import IN_PROCESS, Engine, run_jobs
+from ...profiles.files import JOB_FILE, claim_directory, dump_yaml, try_lock
+from ...profiles.hessians import Calibration, collect_hessians
+from ...profiles.inventory import ModelInventory, inventory, weight_files
 from ...profiles.job import model_digest
+from ...profiles.jobs import JobList
+from ...profiles.model_config import EMBEDDING
 from ...profiles.models import choose_device
-from ...profiles.progress import progress
-from ...profiles.quantizer_errors import read_weight
+from ...profiles.quantize_jobs import QuantizeTask, WeightResult, read_weight_result
+from ...profiles.schema import HEAD
 from ..errors import PlanError
 from ..plan import Plan, save_plan
 from .errors import CheckpointError
-from .manifest import PLAN_FILE, CheckpointManifest, HessianPart, QuantizationConfig, QuantizedLayer, write_manifest
+from .manifest import (
+    PLAN_FILE,
+    CheckpointManifest,
+    HessianPart,
+    QuantizationConfig,
+    QuantizedLayer,
+    is_checkpoint,
+    read_manifest,
+    write_manifest,
+)
 from .model_card import model_card
+from .shards import ShardWriter, TensorSlot, stored_pieces, stored_tensors
 
-SHARD_BYTES = 4 << 30
-"""A weights file is closed when it holds this much."""
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "generation_config.json", "*.jinja")
+_STORED_AS = {torch.uint8: "U8", torch.float16: "F16"}
+_LOCK, _HESSIANS, _RESULTS, _DRAFT = ".lock", "hessians", "results", "checkpoint"
+"""What a working directory holds beside its job file."""
 
 
 @dataclass(frozen=True)
@@ -48,199 +60,222 @@ class Applied:
 
     Attributes:
         manifest: its ``msq.yaml``.
-        memory_bytes: packed bytes of the planned layers on disk.
-        errors: measured normalised error of each layer, the proxy error where there are Hessians.
     """
 
     manifest: CheckpointManifest
-    memory_bytes: int
-    errors: dict[str, float]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Packed bytes of the planned layers on disk."""
+        return self.manifest.memory_bytes
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Measured normalised error of each layer, the proxy error where there are Hessians."""
+        return self.manifest.errors
 
 
 def work_directory(out: Path) -> Path:
-    """Where the Hessians of a checkpoint are kept until it is finished."""
+    """Where the Hessians and finished layers of a checkpoint are kept until it is whole."""
     return out.absolute().with_name(f"{out.absolute().name}.work")
 
 
 def apply_plan(
-    model_dir: Path, plan: Plan, out: Path, *, device: str = "cpu", hessian: Calibration | None = None
+    model_dir: Path,
+    plan: Plan,
+    out: Path,
+    *,
+    device: str = "cpu",
+    hessian: Calibration | None = None,
+    engine: Engine = IN_PROCESS,
 ) -> Applied:
-    """Quantize a model as planned.
+    """Quantize a model as planned; what an interrupted call has finished is not done again.
 
     Args:
         model_dir: the model that was profiled.
         out: the checkpoint's directory; must not exist, or be empty.
         device: where to encode.
         hessian: tokens to collect Hessians on, for error feedback; None quantizes data-free.
+        engine: who encodes; the checkpoint is the same whoever does.
 
     Raises:
         PlanError: the plan is for another model, or promises Hessians and there are none.
-        ProfileError: `work_directory(out)` holds other Hessians.
-        CheckpointError: `out` is taken, can't be written, or its bytes are not the promised ones.
+        ProfileError: a weight can't be read or quantized, or workers are killed again and again.
+        CheckpointError: `out` is taken, can't be written, or its bytes are not the promised ones; or
+            `work_directory(out)` holds another job's files.
     """
     where = choose_device(device)
-    info = inventory(model_dir, name=plan.model.name)
-    _check_model(plan, info, model_dir)
+    info = inventory(model_dir, name=plan.model.name, head=any(entry.layer == HEAD for entry in plan.layers))
+    _check_layers(plan, info, model_dir)
     if plan.profile.error == "proxy" and hessian is None:
         raise PlanError(
             "the plan's errors are those of quantization under Hessians, which data-free quantization can't keep; add "
             "--hessian, or plan with a profile of --error weights."
         )
-    out = out.absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    _check_bytes(plan, info)
+    out, work = out.absolute(), work_directory(out)
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    if taken and not work.is_dir():
         raise CheckpointError(f"{out} exists already; choose another --out, or remove it.")
-    hessians = None
-    if hessian is not None:
-        hessians = collect_hessians(
-            model_dir,
-            info,
-            hessian,
-            work_directory(out),
-            digest=plan.model.digest or model_digest(model_dir),
-            seed=plan.profile.seed,
-            device=where,
-        )
-    draft = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    digest = _check_digest(plan, model_dir)
     try:
-        draft.mkdir(parents=True)
-        applied = _write(model_dir, plan, info, draft, where, hessian, hessians)
-        if out.exists():
-            out.rmdir()
-        draft.rename(out)
-        if hessians is not None:
-            shutil.rmtree(hessians.directory)
+        work.mkdir(parents=True, exist_ok=True)
+        with (work / _LOCK).open("ab") as lock:
+            if not try_lock(lock):
+                raise CheckpointError(f"another msq apply is writing {out}; wait for it, or stop it.")
+            if taken:
+                return _finished(plan, out, work, hessian)
+            job = {"model": digest, "plan": hashlib.sha256(dump_yaml(plan).encode()).hexdigest()}
+            job |= {"tokens": "" if hessian is None else hessian.digest, "device": where.type}
+            job |= {"msq": __version__, "torch": torch.__version__}
+            claim_directory(work, job, "an unfinished checkpoint", CheckpointError)
+            directory = None
+            if hessian is not None:
+                directory = work / _HESSIANS
+                seed = plan.profile.seed
+                collect_hessians(model_dir, info, hessian, directory, digest=digest, seed=seed, device=where)
+            task = QuantizeTask(model_dir.absolute(), plan.profile.seed, directory, keep_weights=True)
+            manifest = _build(plan, info, task, work, device, engine, hessian)
+            if out.exists():
+                out.rmdir()
+            (work / _DRAFT).rename(out)
+            shutil.rmtree(work)
     except (OSError, SafetensorError) as cause:
         raise CheckpointError(
             f"can't write the checkpoint {out}: {getattr(cause, 'strerror', None) or cause}."
         ) from cause
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return applied
+    return Applied(manifest)
 
 
-def _check_model(plan: Plan, info: ModelInventory, model_dir: Path) -> None:
+def _finished(plan: Plan, out: Path, work: Path, hessian: Calibration | None) -> Applied:
+    """The checkpoint that is there, if it is this plan's and only the working directory was still to be removed."""
+    if is_checkpoint(out) and {path.name for path in work.iterdir()} <= {_LOCK, JOB_FILE, _HESSIANS, _RESULTS}:
+        manifest = read_manifest(out)
+        tokens = None if manifest.hessian is None else manifest.hessian.digest
+        same_plan = (out / PLAN_FILE).read_text(encoding="utf-8") == dump_yaml(plan)
+        if same_plan and tokens == (None if hessian is None else hessian.digest):
+            shutil.rmtree(work)
+            return Applied(manifest)
+    raise CheckpointError(f"{out} exists already; choose another --out, or remove it and {work}.")
+
+
+def _check_layers(plan: Plan, info: ModelInventory, model_dir: Path) -> None:
     planned, present = {entry.layer for entry in plan.layers}, {layer.name for layer in info.layers}
     if planned != present:
         odd = sorted(planned ^ present)[0]
         state = "is planned but not in the model" if odd in planned else "is in the model but not planned"
         raise PlanError(f"the plan for {plan.model.name} doesn't fit {model_dir}: {odd} {state}; plan this model.")
-    if plan.model.digest is not None and (found := model_digest(model_dir)) != plan.model.digest:
+
+
+def _check_digest(plan: Plan, model_dir: Path) -> str:
+    found = model_digest(model_dir)
+    if plan.model.digest is not None and found != plan.model.digest:
         raise PlanError(
             f"the plan was made for weights with digest {plan.model.digest[:12]}…, {model_dir} has {found[:12]}…; "
             "profile and plan this model, or give the one that was measured."
         )
+    return found
 
 
-def _write(
-    model_dir: Path,
+def _check_bytes(plan: Plan, info: ModelInventory) -> None:
+    """Compare the bytes that will be written with the promised ones before anything is done."""
+    specs = _specs(plan)
+    size = sum(specs[layer.name].size_bytes(layer.out_features, layer.in_features) for layer in info.layers)
+    if size != plan.promised.memory_bytes:
+        raise CheckpointError(
+            f"the plan promised {plan.promised.memory_bytes} bytes, the checkpoint would have {size}; the profile was "
+            "not measured with this version of msq: profile again."
+        )
+
+
+def _specs(plan: Plan) -> dict[str, QuantizerSpec]:
+    return {entry.layer: plan.spec(entry.quantizer) for entry in plan.layers}
+
+
+def _build(
     plan: Plan,
     info: ModelInventory,
-    draft: Path,
-    device: torch.device,
+    task: QuantizeTask,
+    work: Path,
+    device: str,
+    engine: Engine,
     tokens: Calibration | None,
-    hessians: HessianFiles | None,
-) -> Applied:
-    entries = {entry.layer: entry for entry in plan.layers}
-    errors: dict[str, float] = {}
-    described: dict[str, QuantizedLayer] = {}
-    sizes = 0
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        nonlocal sizes
-        yield from _unplanned(model_dir, info)
-        with progress("quantizing", len(info.layers)) as advance:
-            for layer in info.layers:
-                spec = plan.spec(entries[layer.name].quantizer)
-                weight = read_weight(model_dir, layer).to(device)
-                moment = None if hessians is None else hessians.load(layer, device)
-                seed = input_seed(layer.fusion_group, plan.profile.seed)
-                try:
-                    quantized = quantize(weight, spec, rotation_seed=seed, hessian=moment)
-                except QuantizerError as cause:
-                    raise CheckpointError(f"{layer.name}: {cause}") from cause
-                errors[layer.name] = normalized_error(weight, quantized, moment)
-                sizes += quantized.size_bytes
-                described[layer.name] = QuantizedLayer(
-                    quantizer=entries[layer.name].quantizer,
-                    out_features=layer.out_features,
-                    in_features=layer.in_features,
-                    rotation_seed=quantized.rotation_seed,
-                    pattern=entries[layer.name].pattern,
-                )
-                for name, tensor in quantized.tensors():
-                    yield f"{layer.name}.{name}", tensor.cpu()
-                advance()
-
-    write_shards(tensors(), draft, SHARD_BYTES)
-    if sizes != plan.promised.memory_bytes:
-        raise CheckpointError(
-            f"the plan promised {plan.promised.memory_bytes} bytes, the checkpoint has {sizes}; the profile was not "
-            "measured with this version of msq: profile again."
-        )
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    quantization = QuantizationConfig(quantizers=plan.quantizers, layers=described)
-    config["quantization_config"] = quantization.model_dump(mode="json")
-    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+) -> CheckpointManifest:
+    """Do all jobs and write the checkpoint to the working directory."""
+    draft = work / _DRAFT
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    specs = _specs(plan)
+    jobs = JobList.open(work / _RESULTS, [(layer, specs[layer.name]) for layer in info.layers])
+    results = _write_weights(info, specs, task, jobs, draft, device, engine)
+    _write_config(plan, info, results, task.model_dir, draft)
     for pattern in _COPIED:
-        for path in sorted(model_dir.glob(pattern)):
+        for path in sorted(task.model_dir.glob(pattern)):
             shutil.copyfile(path, draft / path.name)
     save_plan(plan, draft / PLAN_FILE)
     (draft / "README.md").write_text(model_card(plan), encoding="utf-8")
     part = (
         None if tokens is None else HessianPart(tokens=tokens.windows.numel(), text=tokens.text, digest=tokens.digest)
     )
-    fields = {"msq_version": __version__, "model": plan.model.name, "memory_bytes": sizes, "hessian": part}
-    return Applied(write_manifest(draft, fields), sizes, errors)
+    fields = {"msq_version": __version__, "model": plan.model.name, "memory_bytes": plan.promised.memory_bytes}
+    return write_manifest(
+        draft, fields | {"hessian": part, "errors": {name: result.error for name, result in results.items()}}
+    )
 
 
-def _unplanned(model_dir: Path, info: ModelInventory) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor that the plan leaves as it is."""
-    planned = {f"{layer.name}.weight" for layer in info.layers}
-    for path in weight_files(model_dir):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                if name not in planned:
-                    tensor = file.get_tensor(name)
-                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        raise CheckpointError(
-                            f"'{name}' in {path} holds NaN or infinite numbers; the model is corrupt."
-                        )
-                    yield name, tensor
+def _write_weights(
+    info: ModelInventory,
+    specs: Mapping[str, QuantizerSpec],
+    task: QuantizeTask,
+    jobs: JobList,
+    draft: Path,
+    device: str,
+    engine: Engine,
+) -> dict[str, WeightResult]:
+    """Fill the weights files as jobs get done; returns the results without their tensors."""
+    planned = {layer.stored_as for layer in info.layers} - {EMBEDDING}  # a tied head's codes stand beside it
+    untouched = [
+        (path, tensor)
+        for path in weight_files(task.model_dir)
+        for tensor in stored_tensors(path)
+        if tensor.name not in planned
+    ]
+    packed = [
+        TensorSlot(f"{layer.name}.{name}", _STORED_AS[dtype], shape)
+        for layer in info.layers
+        for name, (shape, dtype) in tensor_shapes(specs[layer.name], layer.out_features, layer.in_features).items()
+    ]
+    results = {}
+    with ShardWriter(draft, [*(tensor for _, tensor in untouched), *packed]) as writer:
+        for path, tensor in untouched:
+            writer.write(tensor.name, stored_pieces(path, tensor))
+        for job in run_jobs(task, jobs, device=device, engine=engine, what="quantizing"):
+            result = read_weight_result(jobs.path(job))
+            for name, values in result.tensors.items():
+                writer.write(f"{job.layer.name}.{name}", [values])
+            results[job.layer.name] = replace(result, tensors={})
+        writer.finish()
+    return results
 
 
-def write_shards(tensors: Iterator[tuple[str, Tensor]], directory: Path, shard_bytes: int) -> None:
-    """Write tensors to ``model.safetensors``, or to numbered shards with an index when they exceed `shard_bytes`."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal pending, size
-        path = directory / f"shard-{len(shards)}"
-        save_file(pending, path, metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending, size = {}, 0
-
-    for name, tensor in tensors:
-        tensor_bytes = tensor.numel() * tensor.element_size()
-        if pending and size + tensor_bytes > shard_bytes:
-            flush()
-        pending[name] = tensor.contiguous()
-        size += tensor_bytes
-        total += tensor_bytes
-    flush()
-    if len(shards) == 1:
-        (directory / "shard-0").rename(directory / WEIGHTS_FILE)
-    else:
-        where: dict[str, str] = {}
-        for number, names in enumerate(shards):
-            file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            (directory / f"shard-{number}").rename(directory / file)
-            where |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for path in directory.glob("*.safetensors"):
-        path.chmod(0o644)  # safetensors makes its files private
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+def _write_config(
+    plan: Plan, info: ModelInventory, results: Mapping[str, WeightResult], model_dir: Path, draft: Path
+) -> None:
+    entries = {entry.layer: entry for entry in plan.layers}
+    layers = {
+        layer.name: QuantizedLayer(
+            quantizer=entries[layer.name].quantizer,
+            out_features=layer.out_features,
+            in_features=layer.in_features,
+            rotation_seed=results[layer.name].rotation_seed,
+            pattern=entries[layer.name].pattern,
+            implementation=entries[layer.name].implementation,
+        )
+        for layer in info.layers
+    }
+    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    quantization = QuantizationConfig(quantizers=plan.quantizers, layers=layers)
+    config["quantization_config"] = quantization.model_dump(mode="json")
+    if HEAD in layers:
+        config["tie_word_embeddings"] = False  # the embedding stays, the head has codes of its own
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

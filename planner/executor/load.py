@@ -6,30 +6,44 @@ of the tensors is filled in from the checkpoint. Decoded weights equal those tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...kernels.errors import QuantizerError
-from ...kernels.linear import IMPLEMENTATIONS, FusedLinear
 from ...kernels.quantize import QuantizedWeight, from_tensors
 from ...profiles.models import choose_device, load_config
 from .errors import CheckpointError
+from .install import REFERENCE, choose_places, install
 from .manifest import QuantizationConfig, parse_quantization_config, read_manifest
 
+HEAD = "lm_head"
+"""The path of the layer that makes logits."""
 
-def load_checkpoint(directory: Path, *, device: str = "cpu", fused: bool = True) -> nn.Module:
-    """The model of a checkpoint, in evaluation mode; unplanned weights in float32 on a CPU, as stored on a GPU.
+
+def load_checkpoint(
+    directory: Path,
+    *,
+    device: str = "cpu",
+    fused: bool = True,
+    implementation: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The model of a checkpoint, in evaluation mode.
 
     Args:
         fused: run patterns as the plan says; False runs every layer alone, with the same result up to rounding.
+        implementation: what every layer runs on; None for the plan's choice, on a CPU the reference (see `install`).
+        dtype: of the unplanned weights and so of activations; None for float32 on a CPU and as stored on a GPU, where
+            bfloat16 stands for float32, which kernels don't take.
 
     Raises:
-        CheckpointError: no checkpoint, a changed or truncated file, or tensors that don't fit the config.
+        CheckpointError: no checkpoint, a changed or truncated file, tensors that don't fit the config, or an
+            implementation that can't run here.
     """
     from transformers import AutoModelForCausalLM
 
@@ -38,16 +52,29 @@ def load_checkpoint(directory: Path, *, device: str = "cpu", fused: bool = True)
     config = load_config(directory)
     quantization = parse_quantization_config(getattr(config, "quantization_config", None), f"{directory}/config.json")
     del config.quantization_config
+    if HEAD in quantization.layers:
+        config.tie_word_embeddings = False  # a quantized head is its own weight, whatever it was made from
+    places = choose_places(quantization, target, implementation=implementation, fused=fused)
     tensors = read_tensors([directory / name for name in sorted(manifest.files) if name.endswith(".safetensors")])
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
     rest = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in quantization.layers}
+    wanted = dtype or _default_dtype(rest, target, kernels=any(place.implementation != REFERENCE for place in places))
+    rest = {name: tensor.to(target, wanted if tensor.is_floating_point() else None) for name, tensor in rest.items()}
+    weights = {name: weight.to(target) for name, weight in quantized_weights(quantization, tensors).items()}
     biases = {name: tensors.get(f"{name}.bias") for name in quantization.layers}
-    if target.type == "cpu":
-        rest = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in rest.items()}
-    install(model, quantized_weights(quantization, tensors), biases, quantization.patterns(), fused=fused)
+    moved = {name: None if bias is None else bias.to(target, wanted) for name, bias in biases.items()}
+    install(model, weights, moved, places)
     _fill(model, rest, directory)
+    config.dtype = wanted
     return model.to(target).eval()
+
+
+def _default_dtype(tensors: Mapping[str, Tensor], device: torch.device, *, kernels: bool) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
+    stored = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float16)
+    return torch.bfloat16 if kernels and stored == torch.float32 else stored
 
 
 def quantized_weights(quantization: QuantizationConfig, tensors: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
@@ -69,40 +96,11 @@ def quantized_weights(quantization: QuantizationConfig, tensors: Mapping[str, Te
     return weights
 
 
-def install(
-    model: nn.Module,
-    weights: Mapping[str, QuantizedWeight],
-    biases: Mapping[str, Tensor | None],
-    patterns: Sequence[tuple[str, ...]],
-    *,
-    fused: bool = True,
-) -> None:
-    """Put quantized modules in the places of a model's linear layers, in place.
+def read_tensors(paths: Sequence[Path], layers: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint's safetensors files.
 
     Args:
-        model: module tree that has something at the layers' paths.
-        weights: every layer of `patterns`.
-        biases: likewise, ``(out_features,)`` or None.
-        patterns: layers that run as one product.
-    """
-    implementation = IMPLEMENTATIONS["reference"]
-    for pattern in patterns:
-        if fused and len(pattern) > 1:
-            together = FusedLinear([weights[name] for name in pattern], [biases[name] for name in pattern])
-            for name, module in zip(pattern, together.slices(), strict=True):
-                _replace(model, name, module)
-        else:
-            for name in pattern:
-                _replace(model, name, implementation.linear(weights[name], biases[name]))
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
-
-
-def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of a checkpoint's safetensors files.
+        layers: read only what belongs to these; None for all.
 
     Raises:
         CheckpointError: a file is damaged, holds a name that another one has, or NaN or infinite numbers.
@@ -112,6 +110,8 @@ def read_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    if layers is not None and name.rpartition(".")[0] not in layers:
+                        continue
                     if name in tensors:
                         raise CheckpointError(f"'{name}' is in {path} and in another file; apply the plan again.")
                     tensors[name] = file.get_tensor(name)
@@ -128,12 +128,18 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], directory: Path) -> None
     untyped: Any = model
     unexpected = untyped.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
     untyped.tie_weights()
-    for module in list(model.modules()):
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_meta:  # rotary frequencies: computed from the config, never stored
-                fresh: Any = type(module)(config=untyped.config)
-                setattr(module, name, getattr(fresh, name))
+    fresh_buffers(model)
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty or unexpected:
         odd = f"lacks {empty[0]}" if empty else f"has the unknown tensor {unexpected[0]}"
         raise CheckpointError(f"the checkpoint {directory} {odd}; apply the plan again.")
+
+
+def fresh_buffers(model: nn.Module) -> None:
+    """Compute the buffers of a model built without weights that are never stored: rotary frequencies."""
+    config = cast(Any, model).config
+    for module in list(model.modules()):
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                fresh: Any = type(module)(config=config)
+                setattr(module, name, getattr(fresh, name))

@@ -9,6 +9,7 @@ when it is loaded.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,6 +41,7 @@ class QuantizedLayer(_Part):
         out_features, in_features: shape of the weight.
         rotation_seed: seed of its input rotation, null where the input is not rotated.
         pattern: layers that the plan runs as one kernel, this one among them.
+        implementation: the kernel that the plan names.
     """
 
     quantizer: Name
@@ -47,6 +49,7 @@ class QuantizedLayer(_Part):
     in_features: Annotated[int, Field(ge=1)]
     rotation_seed: Annotated[int, Field(ge=0, lt=2**63)] | None
     pattern: tuple[Name, ...] = Field(min_length=1)
+    implementation: Name = "reference"
 
 
 class QuantizationConfig(_Part):
@@ -86,6 +89,7 @@ class CheckpointManifest(_Part):
     Attributes:
         memory_bytes: packed bytes of the planned layers, as promised and as stored.
         hessian: what the weights were quantized under; null for data-free quantization.
+        errors: measured normalised error of each planned layer, the proxy error where there is `hessian`.
         files: SHA-256 of every other file of the checkpoint.
     """
 
@@ -94,6 +98,7 @@ class CheckpointManifest(_Part):
     model: Name
     memory_bytes: Annotated[int, Field(ge=1)]
     hessian: HessianPart | None = None
+    errors: dict[Name, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     files: dict[Name, Digest] = Field(min_length=1)
 
 
@@ -127,7 +132,9 @@ def parse_quantization_config(value: object, where: str) -> QuantizationConfig:
 
 def write_manifest(directory: Path, manifest_fields: dict[str, Any]) -> CheckpointManifest:
     """Digest every file of a finished checkpoint and write ``msq.yaml``, last."""
-    files = {path.name: sha256_file(path) for path in sorted(directory.iterdir()) if path.name != MANIFEST_FILE}
+    paths = sorted(path for path in directory.iterdir() if path.name != MANIFEST_FILE)
+    with ThreadPoolExecutor() as threads:
+        files = dict(zip((path.name for path in paths), threads.map(sha256_file, paths), strict=True))
     manifest = CheckpointManifest(**manifest_fields, files=files)
     write_atomic(directory / MANIFEST_FILE, dump_yaml(manifest), CheckpointError)
     return manifest

@@ -24,9 +24,15 @@ Made by msq {plan.msq_version} for the budget {budgets}: the planned layers take
 {plan.promised.memory_bytes} bytes, {plan.promised.bits_per_weight:.3f} bits per weight. `plan.yaml` has every layer's
 quantizer and what was promised; `msq.yaml` has a digest of each file.
 
-Stock transformers can't load this directory. Install msq, then run
+Stock transformers does not know this format by itself: install msq, and import it first.
 
-    msq generate DIRECTORY --prompt "..."
+    import msq
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+    model = msq.to_device(model, "cuda")   # where there is a GPU
+
+From the command line: `msq generate DIRECTORY --prompt "..."`.
 
 | quantizer | layers |
 | --- | --- |

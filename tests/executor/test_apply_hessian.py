@@ -11,13 +11,12 @@ from msq.kernels.rotation import input_seed
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.budget import parse_budgets
 from msq.planner.errors import PlanError
-from msq.planner.executor import apply as apply_module
 from msq.planner.executor.apply import apply_plan, work_directory
+from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.load import quantized_weights, read_tensors
 from msq.planner.executor.manifest import parse_quantization_config, read_manifest
 from msq.planner.plan import load_plan
 from msq.planner.solve import find_plan
-from msq.profiles.errors import ProfileError
 from msq.profiles.hessians import calibration, collect_hessians
 from msq.profiles.inventory import inventory
 from msq.profiles.job import ProfileSettings, run_profile
@@ -80,13 +79,13 @@ def test_an_interrupted_job_finds_its_hessians_again(tiny_llama, plans, tokens, 
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(apply_module, "quantize", interrupt)
+    monkeypatch.setattr("msq.profiles.quantize_jobs.quantize", interrupt)
     with pytest.raises(KeyboardInterrupt):
         apply_plan(tiny_llama, plans["weights"], tmp_path / "out", hessian=tokens)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
     other = calibration(tiny_llama, None, tokens=640, window=32, seed=1)
-    with pytest.raises(ProfileError, match="Hessians of another model, text or seed"):
+    with pytest.raises(CheckpointError, match=r"unfinished checkpoint made with other settings \(tokens\)"):
         apply_plan(tiny_llama, plans["weights"], tmp_path / "out", hessian=other)
     monkeypatch.setattr("msq.profiles.hessians.StreamedModel", None)
     apply_plan(tiny_llama, plans["weights"], tmp_path / "out", hessian=tokens)

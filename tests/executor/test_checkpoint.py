@@ -14,17 +14,19 @@ from msq.kernels.rotation import input_seed
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.budget import parse_budgets
 from msq.planner.errors import PlanError
-from msq.planner.executor.apply import apply_plan, write_shards
+from msq.planner.executor.apply import apply_plan
 from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.generate import generate_text
 from msq.planner.executor.load import load_checkpoint, quantized_weights, read_tensors
 from msq.planner.executor.manifest import parse_quantization_config
+from msq.planner.executor.shards import ShardWriter, TensorSlot, stored_pieces, stored_tensors
 from msq.planner.plan import Plan, load_plan
 from msq.planner.solve import find_plan
 from msq.profiles.inventory import inventory
 from msq.profiles.job import ProfileSettings, run_profile
 from msq.profiles.models import choose_device, load_model, load_tokenizer
 from msq.profiles.quantizer_errors import read_weight
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 SPECS = (
@@ -62,6 +64,8 @@ def test_promised_bytes_are_the_bytes_on_disk_and_in_memory(built):
     stored = load_file(checkpoint / "model.safetensors")
     packed = {k: t for k, t in stored.items() if any(k.startswith(n) for n in names) and not k.endswith(".bias")}
     assert sum(t.numel() * t.element_size() for t in packed.values()) == plan.promised.memory_bytes
+    whole = sum(t.numel() * t.element_size() for t in stored.values())
+    assert whole == plan.promised.memory_bytes + plan.model.unplanned_bytes
     assert load_plan(checkpoint / "plan.yaml") == plan
 
 
@@ -133,7 +137,7 @@ def test_a_plan_for_other_weights_is_refused(built, tmp_path):
     other = plan.model_copy(update={"model": plan.model.model_copy(update={"digest": "0" * 64})})
     with pytest.raises(PlanError, match="digest 000000000000"):
         apply_plan(model_dir, other, tmp_path / "out")
-    fewer = plan.model_copy(update={"layers": plan.layers[:-1]})
+    fewer = plan.model_copy(update={"layers": plan.layers[1:]})
     with pytest.raises(PlanError, match="is in the model but not planned"):
         apply_plan(model_dir, fewer, tmp_path / "out")
 
@@ -194,10 +198,48 @@ def test_a_config_that_disagrees_with_itself_is_refused(built):
 
 def test_large_models_are_written_in_shards_that_load_as_one(tmp_path):
     tensors = {f"layer{i}.weight": torch.randn(8, 8) for i in range(5)}
-    write_shards(iter(tensors.items()), tmp_path, shard_bytes=600)
+    listed = [TensorSlot(name, "F32", (8, 8)) for name in tensors]
+    with ShardWriter(tmp_path, listed, shard_bytes=600) as writer:
+        for name in reversed(tensors):  # in any order, in pieces
+            writer.write(name, tensors[name].split(3))
+        writer.finish()
     assert len(list(tmp_path.glob("*.safetensors"))) == 3
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 5 * 256 and set(index["weight_map"]) == set(tensors)
     assert all(
         torch.equal(t, tensors[name]) for name, t in read_tensors(sorted(tmp_path.glob("*.safetensors"))).items()
     )
+
+
+def test_files_written_in_pieces_are_those_of_the_safetensors_library(tmp_path, monkeypatch):
+    monkeypatch.setattr("msq.planner.executor.shards._PIECE_BYTES", 64)
+    tensors = {
+        "codes": torch.arange(15, dtype=torch.uint8).view(5, 3),
+        "rows": torch.randn(7, 33).bfloat16(),
+        "flags": torch.tensor([True, False, True]),
+        "number": torch.tensor(3.5),
+        "counts": torch.arange(9).view(3, 3),
+        "none": torch.empty(0, 4),
+        "halves": torch.randn(11).half(),
+    }
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    listed = stored_tensors(tmp_path / "theirs")
+    assert {tensor.name: tensor.size_bytes for tensor in listed} == {
+        name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()
+    }
+    with ShardWriter(tmp_path, listed) as writer:
+        for tensor in listed:
+            writer.write(tensor.name, stored_pieces(tmp_path / "theirs", tensor))
+        writer.finish()
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == set(tensors)
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_tensor_that_is_missing_or_of_another_size_is_refused(tmp_path):
+    with ShardWriter(tmp_path, [TensorSlot("a", "F16", (4, 4))]) as writer:
+        with pytest.raises(CheckpointError, match=r"'a' was not"):
+            writer.finish()
+        with pytest.raises(CheckpointError, match=r"expected 'a' as F16 .* 32 bytes; got 24"):
+            writer.write("a", [torch.zeros(3, 4).half()])

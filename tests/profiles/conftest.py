@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from msq.profiles.journal import Journal
 from msq.profiles.schema import ROLES, ProfileManifest
 from msq.profiles.tables import save_profile
 
@@ -62,3 +63,15 @@ def tables() -> dict[str, pd.DataFrame]:
 def directory(tmp_path: Path, manifest: ProfileManifest, tables: dict[str, pd.DataFrame]) -> Path:
     save_profile(tmp_path / "profile", manifest, **tables)
     return tmp_path / "profile"
+
+
+class Interrupting(Journal):
+    """A journal whose owner is interrupted after some rows."""
+
+    left = 0
+
+    def add(self, key, row):
+        if type(self).left == 0:
+            raise KeyboardInterrupt
+        type(self).left -= 1
+        super().add(key, row)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -13,13 +15,13 @@ from hypothesis import given, settings
 from msq.solvers import completion, dominance, exact, join, programme
 from msq.solvers.clock import Clock
 from msq.solvers.completion import Completion
-from msq.solvers.configurations import enumerate_configurations
+from msq.solvers.configurations import Penalties, enumerate_configurations
 from msq.solvers.dominance import undominated
 from msq.solvers.dual import priced, solve_dual
 from msq.solvers.highest import highest
-from msq.solvers.programme import search
 from msq.solvers.registry import get_solver
 from msq.solvers.residual import solve_residual
+from msq.solvers.search import search
 from msq.solvers.solution import Limit, Status
 
 
@@ -106,9 +108,10 @@ def test_search_finds_the_best_plan_within_delta(monkeypatch, make_random, plans
     problem = make_random(seed, resources, 0.6)
     dual = solve_dual(problem, Clock())
     cost = priced(problem, dual.multipliers)
+    penalties = Penalties.build(problem.structure, cost)
     base = problem.structure.evaluate(cost)[0]
     for delta in (0.02, 0.2, 5.0):
-        near = enumerate_configurations(problem, cost, delta, limit=10**6)
+        near = enumerate_configurations(problem, penalties, delta, limit=10**6)
         found = search(problem, near, dual.multipliers, delta, limit=10**6, clock=Clock())
         assert found.complete
         within = [
@@ -144,9 +147,10 @@ def test_staircases_are_the_cheapest_continuations(seed) -> None:
 def test_search_without_enough_states_says_so(make_random) -> None:
     problem = make_random(3, 2, 0.6)
     dual = solve_dual(problem, Clock())
-    near = enumerate_configurations(problem, priced(problem, dual.multipliers), 5.0, limit=10**6)
+    penalties = Penalties.build(problem.structure, priced(problem, dual.multipliers))
+    near = enumerate_configurations(problem, penalties, 5.0, limit=10**6)
     assert not search(problem, near, dual.multipliers, 5.0, limit=2, clock=Clock()).complete
-    few = enumerate_configurations(problem, priced(problem, dual.multipliers), 5.0, limit=4)
+    few = enumerate_configurations(problem, penalties, 5.0, limit=4)
     assert not search(problem, few, dual.multipliers, 5.0, limit=10**6, clock=Clock()).complete
 
 
@@ -216,7 +220,11 @@ def test_highest_point_is_highest(seed) -> None:
     dimension, planes = int(random.integers(1, 4)), int(random.integers(1, 20))
     offset, slope = random.normal(size=planes), random.normal(size=(planes, dimension)) * 10.0 ** random.integers(-2, 3)
     total = float(random.choice([1.0, np.inf]))
-    point = highest(offset, slope, np.full(dimension, 2.0), total)
+    point, _ = highest(offset, slope, np.full(dimension, 2.0), total)
+    some = int(random.integers(1, planes + 1))
+    _, basis = highest(offset[:some], slope[:some], np.full(dimension, 3.0), total)
+    again, _ = highest(offset, slope, np.full(dimension, 2.0), total, basis)
+    assert (offset + slope @ again).min() == pytest.approx((offset + slope @ point).min(), abs=1e-9, rel=1e-9)
     assert (point >= 0).all()
     assert (point <= 2).all()
     assert point.sum() <= total + 1e-9
@@ -243,3 +251,35 @@ def test_an_unlikely_partition_is_not_overlooked(make) -> None:
     ]
     assert get_solver("exact").solve(make(columns, [4.0, 4.0])).objective == 10.0
     assert get_solver("exact").solve(make(columns[1:2] + columns[3:], [4.0, 4.0])).objective == 1000.0
+
+
+def test_a_solve_loads_nothing() -> None:
+    """Loading takes longer than solving: the first `np.unique` of a process takes 10 ms, for numpy.ma."""
+    script = """
+import sys
+import numpy as np
+from msq.solvers.problem import Problem
+from msq.solvers.registry import get_solver
+random = np.random.default_rng(0)
+groups, count = 20, 12
+use = np.tile(np.arange(1.0, count + 1), groups) * random.uniform(0.9, 1.1, (2, groups * count))
+loss = np.tile(4.0 ** -np.arange(count), groups) * random.uniform(0.5, 1.5, groups * count)
+solver = get_solver("exact")
+before = set(sys.modules)
+problem = Problem(
+    group=np.repeat(np.arange(groups), count),
+    mask=np.ones(groups * count, int),
+    choice=np.tile(np.arange(count), groups),
+    loss=loss,
+    usage=use,
+    caps=np.array([90.0, 91.0]),
+    base=np.zeros(2),
+    group_sizes=np.ones(groups, int),
+    resource_names=("memory", "latency"),
+    choice_names=tuple(map(str, range(count))),
+)
+assert solver.solve(problem).status == "optimal"
+print(*sorted(set(sys.modules) - before))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

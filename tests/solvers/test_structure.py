@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from msq.solvers.check import check
 from msq.solvers.clock import Clock
-from msq.solvers.configurations import column_deviations, enumerate_configurations
+from msq.solvers.configurations import Penalties, enumerate_configurations
 from msq.solvers.cutting_planes import maximise
 from msq.solvers.dual import priced, solve_dual
 from msq.solvers.errors import SolverError
@@ -133,16 +133,17 @@ def test_configurations_are_those_within_delta(make_random, plans, seed) -> None
         for group in range(problem.groups):
             part = tuple(sorted(c for c in plan if problem.group[c] == group))
             configurations[part] = min(configurations.get(part, np.inf), above)
-    np.testing.assert_allclose(column_deviations(problem.structure, cost), deviation, atol=1e-12)
+    penalties = Penalties.build(problem.structure, cost)
+    np.testing.assert_allclose(penalties.total, deviation, atol=1e-12)
     for delta in (0.0, 0.05, 0.3, np.inf):
-        listed = enumerate_configurations(problem, cost, delta + 1e-12, limit=10**6)
+        listed = enumerate_configurations(problem, penalties, delta + 1e-12, limit=10**6)
         assert listed.complete
         found = {tuple(listed.columns_of(np.array([i])).tolist()): listed.deviation[i] for i in range(listed.count)}
         expected = {part: above for part, above in configurations.items() if above <= delta + 1e-12}
         assert len(found) == listed.count
         assert found.keys() == expected.keys()
         np.testing.assert_allclose([found[part] for part in expected], list(expected.values()), atol=1e-12)
-        few = enumerate_configurations(problem, cost, delta, limit=3)
+        few = enumerate_configurations(problem, penalties, delta, limit=3)
         assert few.count <= 3
     assert not few.complete
     np.testing.assert_allclose(listed.loss, [problem.loss[list(part)].sum() for part in found])

@@ -2,14 +2,15 @@
 //
 // A *unit* is 16 rows x 128 columns of a weight: 8 tiles, or 2 *blocks* of 4 tiles. Lane 4 * g + t of a warp owns, in
 // each block, the codes of pairs 16 g .. 16 g + 15 of tile t: 16 * WIDTH consecutive bits of that tile's stream, rows g
-// and g + 8, all 16 columns. The two blocks' bits follow one another in the lane's WIDTH words. Pair 4 m + j (j = 0..3)
+// and g + 8, all 16 columns. The two blocks' bits follow one another in the lane's WIDTH words, unless these are byte
+// planes (ByteDecoder). Pair 4 m + j (j = 0..3)
 // of a block becomes register j of the A operand of the block's m-th mma.m16n8k16, whose k slots 2t, 2t+1, 2t+8, 2t+9
 // then stand for columns 2m, 2m+1, 2m+8, 2m+9 of tile t.
 //
 // Words of a unit in memory, for all lanes: WIDTH / 4 pieces of 16 bytes a lane, then 8 bytes a lane if WIDTH & 2, then
 // 4 if WIDTH & 1: 128 * WIDTH bytes, every access aligned and without bank conflicts.
 //
-// Tables, made of the codebook in global memory by `fill`, lie at the start of shared memory with REPLICAS copies of every
+// Tables, made of the codebook in global memory (TableFilling), lie at the start of shared memory with REPLICAS copies of every
 // 4-byte entry side by side. With 32 of them each lane reads its own bank, so a lookup is one wavefront whatever the
 // codes; with fewer, lanes that share a copy may collide.
 #pragma once
@@ -28,6 +29,8 @@ template <int VALUE>
 constexpr int LOG2 = 1 + LOG2<VALUE / 2>;
 template <>
 constexpr int LOG2<1> = 0;
+template <>
+constexpr int LOG2<0> = 0;
 
 template <int WIDTH>
 struct Unit {
@@ -70,32 +73,61 @@ __device__ __forceinline__ u32 window(const u32 (&words)[N], int position, int c
     return funnel_shift(words[word], words[word + 1], shift);
 }
 
-// One value into all its copies; the first THREADS threads of a block share the entries of a table.
-template <int ENTRIES, int COPIES, int THREADS, typename Value>
-__device__ __forceinline__ void fill_table(u8* table, Value value) {
-    constexpr int STORE_WORDS = COPIES < 4 ? 1 : 4;
-#pragma unroll 16
-    for (int store = threadIdx.x; store < ENTRIES * COPIES / STORE_WORDS; store += THREADS) {
-        u32 entry = value(store * STORE_WORDS / COPIES);
-        if constexpr (STORE_WORDS == 4) {
-            reinterpret_cast<Words4*>(table)[store] = Words4{entry, entry, entry, entry};
-        } else {
-            reinterpret_cast<u32*>(table)[store] = entry;
+// A table on its way to shared memory, by the first THREADS threads of a block: `ask` loads what it is made of, `store`
+// writes every entry's copies. Decoder::entry gives the two words that repeat through an entry's ENTRY_BYTES; entries are
+// STRIDE bytes apart.
+template <typename Decoder, int THREADS>
+struct TableFilling {
+    static constexpr int STORE_BYTES = Decoder::ENTRY_BYTES < 16 ? 4 : 16;
+    static constexpr int STORES = Decoder::ENTRY_BYTES / STORE_BYTES;  // of an entry
+    static constexpr int ENTRIES = Decoder::ENTRIES > 0 ? Decoder::ENTRIES : 1;
+    static constexpr int SPARE_THREADS = ENTRIES < THREADS ? 1 << LOG2<THREADS / ENTRIES> : 1;
+    static constexpr int HELPERS = SPARE_THREADS < STORES ? SPARE_THREADS : STORES;  // threads of an entry
+    static constexpr int AT_ONCE = THREADS / HELPERS;  // entries
+    static constexpr int TURNS = (ENTRIES + AT_ONCE - 1) / AT_ONCE;
+
+    Words2 values[TURNS];
+
+    __device__ __forceinline__ void ask(const u16* codebook) {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) {
+            int code = threadIdx.x % AT_ONCE + turn * AT_ONCE;
+            if (code < Decoder::ENTRIES) values[turn] = Decoder::entry(codebook, code);
         }
     }
-}
+
+    __device__ __forceinline__ void store(u8* table) const {
+        constexpr int SHARE = STORES / HELPERS;
+        int first = threadIdx.x / AT_ONCE * SHARE;
+#pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) {
+            int code = threadIdx.x % AT_ONCE + turn * AT_ONCE;
+            if (code >= Decoder::ENTRIES || first >= STORES) continue;
+            u32 one = values[turn].x, two = values[turn].y;
+#pragma unroll
+            for (int i = 0; i < SHARE; ++i) {
+                // Neighbouring threads begin at different copies, in different banks.
+                u8* to = table + code * Decoder::STRIDE + (first + (i + threadIdx.x) % SHARE) * STORE_BYTES;
+                if constexpr (STORE_BYTES == 16) {
+                    *reinterpret_cast<Words4*>(to) = Words4{one, two, one, two};
+                } else {
+                    *reinterpret_cast<u32*>(to) = one;
+                }
+            }
+        }
+    }
+};
 
 // int at higher rates: the levels are the integers minus half of the largest code. No table: 512 + code is assembled in
 // the fraction of an fp16 number, where the last bit counts a half, and one subtraction makes the level.
 template <int WIDTH>
 struct IntegerDecoder {
     static constexpr int BITS = WIDTH / 2;
-    static constexpr int TABLE_BYTES = 0;
+    static constexpr int ENTRIES = 0, STRIDE = 0, ENTRY_BYTES = 16, TABLE_BYTES = 0;
     static constexpr u32 HALF = (512 * 2 + (1 << BITS) - 1);  // twice what is subtracted
     static constexpr u32 HALF_BITS = 0xE000 | (HALF - 1024);  // -(HALF / 2) in fp16, between 512 and 1024
 
-    template <int THREADS>
-    static __device__ __forceinline__ void fill(u8*, const u16*) {}
+    static __device__ __forceinline__ Words2 entry(const u16*, int) { return Words2{}; }
 
     static __device__ __forceinline__ u32 lane_offset() { return 0; }
 
@@ -114,22 +146,85 @@ struct IntegerDecoder {
     }
 };
 
-// vq, and int and nuq at low rates: one table entry for each code of a pair.
+// The bytes of a lane's words, where the words are *byte planes* (layout.py): the i-th octet holds four codes of BITS
+// bits, one in each byte. The first WORDS octets are the low bits of the words' bytes; the others are gathered from the
+// bits above.
+template <int BITS, int WORDS>
+struct BytePlanes {
+    static constexpr u32 EVERY_BYTE = 0x01010101;
+    static constexpr int SPARE = 8 - BITS;
+
+    static __device__ __forceinline__ u32 octet(const u32 (&words)[WORDS], int i) {
+        if (i < WORDS) return SPARE == 0 ? words[i] : words[i] & ((1u << BITS) - 1) * EVERY_BYTE;
+        u32 gathered = 0;
+#pragma unroll
+        for (int bit = 0; bit < BITS; ++bit) {
+            int plane = (i - WORDS) * BITS + bit, in_word = SPARE == 0 ? 0 : plane % SPARE;
+            if (bit > 0 && in_word > 0) continue;  // came along with the plane before
+            int run = min(SPARE - in_word, BITS - bit);
+            u32 mask = (((1u << run) - 1) << bit) * EVERY_BYTE;
+            gathered |= words[plane / (SPARE == 0 ? 1 : SPARE)] >> (BITS + in_word - bit) & mask;
+        }
+        return gathered;
+    }
+};
+
+// vq, and int and nuq at low rates, up to 8 bits a pair: the table entry of a pair's code, or of two pairs' codes where
+// these have 8 bits or less. A code is one byte of an octet, and entries are 256 bytes apart, so one byte permutation
+// makes an address. Every lane has its own copy: no bank conflicts.
+template <int WIDTH>
+struct ByteDecoder {
+    static constexpr bool DOUBLE = WIDTH <= 4;
+    static constexpr int BITS = DOUBLE ? 2 * WIDTH : WIDTH;
+    static constexpr int ENTRIES = 1 << BITS, STRIDE = 256, ENTRY_BYTES = DOUBLE ? 256 : 128;
+    static constexpr int TABLE_BYTES = ENTRIES * STRIDE;
+
+    static __device__ __forceinline__ u32 pair(const u16* codebook, int code) {
+        if constexpr (FAMILY == VQ) return reinterpret_cast<const u32*>(codebook)[code];
+        int first = code & ((1 << WIDTH / 2) - 1), second = code >> WIDTH / 2;
+        if constexpr (FAMILY == NUQ) return codebook[first] | static_cast<u32>(codebook[second]) << 16;
+        float half = ((1 << WIDTH / 2) - 1) * 0.5f;
+        return float_to_half(first - half) | static_cast<u32>(float_to_half(second - half)) << 16;
+    }
+
+    static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {
+        u32 first = pair(codebook, code & ((1 << WIDTH) - 1));
+        return Words2{first, DOUBLE ? pair(codebook, code >> WIDTH) : first};
+    }
+
+    static __device__ __forceinline__ u32 lane_offset() { return lane_index() * (DOUBLE ? 8 : 4); }
+
+    static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
+
+    template <int BLOCK>
+    static __device__ __forceinline__ void decode(
+        const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
+        constexpr int CODES = DOUBLE ? BLOCK_PAIRS / 2 : BLOCK_PAIRS;
+#pragma unroll
+        for (int i = 0; i < CODES; ++i) {
+            int code = BLOCK * CODES + i;
+            u32 octet = BytePlanes<BITS, WIDTH>::octet(unit.words, code / 4);
+            u32 offset = permute(octet, lane, 0x5504 | code % 4 << 4);
+            if constexpr (DOUBLE) {
+                Words2 pair = lookup_two(offset);
+                weights[2 * i] = pair.x, weights[2 * i + 1] = pair.y;
+            } else {
+                weights[i] = lookup(offset);
+            }
+        }
+    }
+};
+
+// vq and nuq from 9 bits a pair on: one table entry for each code of a pair.
 template <int WIDTH, int COPIES>
 struct PairDecoder {
-    static constexpr int ENTRIES = 1 << WIDTH;
-    static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
+    static constexpr int ENTRIES = 1 << WIDTH, STRIDE = COPIES * 4, ENTRY_BYTES = STRIDE;
+    static constexpr int TABLE_BYTES = ENTRIES * STRIDE;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 
-    template <int THREADS>
-    static __device__ __forceinline__ void fill(u8* table, const u16* codebook) {
-        fill_table<ENTRIES, COPIES, THREADS>(table, [=](int code) -> u32 {
-            if constexpr (FAMILY == VQ) return reinterpret_cast<const u32*>(codebook)[code];
-            int first = code & ((1 << WIDTH / 2) - 1), second = code >> WIDTH / 2;
-            if constexpr (FAMILY == NUQ) return codebook[first] | static_cast<u32>(codebook[second]) << 16;
-            float half = ((1 << WIDTH / 2) - 1) * 0.5f;
-            return float_to_half(first - half) | static_cast<u32>(float_to_half(second - half)) << 16;
-        });
+    static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {
+        u32 both = ByteDecoder<WIDTH>::pair(codebook, code);
+        return Words2{both, both};
     }
 
     static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
@@ -153,13 +248,12 @@ struct PairDecoder {
 template <int WIDTH, int COPIES>
 struct ScalarDecoder {
     static constexpr int BITS = WIDTH / 2;
-    static constexpr int ENTRIES = 1 << BITS;
-    static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
+    static constexpr int ENTRIES = 1 << BITS, STRIDE = COPIES * 4, ENTRY_BYTES = STRIDE;
+    static constexpr int TABLE_BYTES = ENTRIES * STRIDE;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 
-    template <int THREADS>
-    static __device__ __forceinline__ void fill(u8* table, const u16* codebook) {
-        fill_table<ENTRIES, COPIES, THREADS>(table, [=](int code) -> u32 { return codebook[code]; });
+    static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {
+        return Words2{codebook[code], codebook[code]};
     }
 
     static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
@@ -189,17 +283,14 @@ struct ScalarDecoder {
 // bit 15 flips the sign of the first weight; a SIGNED table holds both signs, so that bit 15 just extends the index.
 template <int WIDTH, int STATE, int INDEX, int COPIES, bool SIGNED>
 struct TrellisDecoder {
-    static constexpr int ENTRIES = 1 << (INDEX + SIGNED);
-    static constexpr int TABLE_BYTES = ENTRIES * COPIES * 4;
+    static constexpr int ENTRIES = 1 << (INDEX + SIGNED), STRIDE = COPIES * 4, ENTRY_BYTES = STRIDE;
+    static constexpr int TABLE_BYTES = ENTRIES * STRIDE;
     static constexpr int INDEX_BIT = 15 - INDEX;
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 
-    template <int THREADS>
-    static __device__ __forceinline__ void fill(u8* table, const u16* codebook) {
-        const u32* points = reinterpret_cast<const u32*>(codebook);
-        fill_table<ENTRIES, COPIES, THREADS>(table, [=](int index) -> u32 {
-            return points[index & ((1 << INDEX) - 1)] ^ (index >> INDEX) << 15;
-        });
+    static __device__ __forceinline__ Words2 entry(const u16* codebook, int index) {
+        u32 point = reinterpret_cast<const u32*>(codebook)[index & ((1 << INDEX) - 1)] ^ (index >> INDEX) << 15;
+        return Words2{point, point};
     }
 
     static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
@@ -242,12 +333,21 @@ struct TrellisDecoder {
     }
 };
 
+template <bool CONDITION, typename First, typename Second>
+struct Either {
+    using Type = First;
+};
+template <typename First, typename Second>
+struct Either<false, First, Second> {
+    using Type = Second;
+};
+
 template <int WIDTH>
 struct Choose {
 #if FAMILY == TCQ
     using Decoder = TrellisDecoder<WIDTH, STATE_BITS, TABLE_BITS, REPLICAS, SIGNED_TABLE>;
 #elif FAMILY == VQ || TABLE_OF_PAIRS
-    using Decoder = PairDecoder<WIDTH, REPLICAS>;
+    using Decoder = typename Either<WIDTH <= 8, ByteDecoder<WIDTH>, PairDecoder<WIDTH, REPLICAS>>::Type;
 #elif FAMILY == NUQ
     using Decoder = ScalarDecoder<WIDTH, REPLICAS>;
 #else

@@ -40,7 +40,11 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(
     int out_stride) {
     DYNAMIC_SHARED(shared);
     check_shared_base(shared);
-    Decoder::fill<32 * WARPS>(shared, codebook);
+    if constexpr (Decoder::ENTRIES > 0) {
+        TableFilling<Decoder, 32 * WARPS> filling;
+        filling.ask(codebook);
+        filling.store(shared);
+    }
     block_sync();
     u32 table_lane = Decoder::lane_offset();
     int row = lane_index() / 4, column = lane_index() % 4 * 16;

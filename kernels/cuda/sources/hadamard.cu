@@ -5,19 +5,18 @@
 //     out[j][c] = scale * sum_i sign(M[i][j]) * value(in[i][c])        i, j < ORDER
 //
 // and then, where FWHT is set, a Walsh-Hadamard transform along the COLUMNS = INNER columns. `value` applies the random
-// signs, and before them x * weight (NORM; the row's 1 / rms joins the scale) or silu(gate) * up (GATE).
+// signs, and before them x * weight (NORM; the row's 1 / rms joins the scale) or silu(gate) * up (GATE). With ADD, x is
+// the sum of two rows, rounded to their format, and is written out as well.
 //
 // A block owns GROUP * WARPS_J outputs j for COLUMNS columns of one row and outer index. Each lane loads VECTOR
 // neighbouring columns; COLUMNS / VECTOR lanes span the columns, and the WAYS = WARPS_K * 32 * VECTOR / COLUMNS groups
 // of lanes that do so take every WAYS-th i. Their partial sums meet in shared memory in a fixed order; then one warp
 // transforms one j. Only partial sums go through shared memory, at the price that every block reads the row.
 //
-// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, NORM, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is divided);
+// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, NORM, ADD, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is divided);
 // IN and OUT: formats, 0 fp16, 1 bf16, 2 fp32.
-#include "ptx.cuh"
+#include "rows.cuh"
 
-constexpr int FP16 = 0, FP32 = 2;
-constexpr int LANES = 32;
 constexpr int WARPS = WARPS_K * WARPS_J;
 constexpr int SPAN = COLUMNS / VECTOR;                // lanes across the columns
 constexpr int LANE_WAYS = LANES / SPAN;               // ways a warp splits i
@@ -38,81 +37,10 @@ static_assert(VECTOR * SPAN == COLUMNS && SPAN <= LANES && LANE_WAYS * SPAN == L
 static_assert(SLICES * GROUP * WARPS_J == ORDER && TILES * COLUMNS == INNER, "blocks don't cover the pass");
 static_assert(!FWHT || TILES == 1, "a transform needs all its columns in one block");
 static_assert(!NORM || (TILES == 1 && OUTER == 1), "a norm needs the whole row in one block");
+static_assert(!ADD || NORM, "the sum is written by the first block of a row, which must see the whole row");
 static_assert(GROUP <= 8 && (WAYS > 1 || OWN == VECTOR), "unsupported division of work");
 
-__device__ constexpr int bytes_of(int format) { return format == FP32 ? 4 : 2; }
-
 __device__ __forceinline__ float sigmoid(float value) { return __fdividef(1.0f, 1.0f + __expf(-value)); }
-
-__device__ __forceinline__ float exchange(float value, int lane_mask) {
-    return __shfl_xor_sync(0xffffffffu, value, lane_mask);
-}
-
-// COUNT neighbouring numbers as they lie in memory, moved in the widest pieces.
-template <int FORMAT, int COUNT>
-struct Raw {
-    static constexpr int BYTES = bytes_of(FORMAT) * COUNT;
-    static constexpr int WORDS = (BYTES + 3) / 4;
-    u32 word[WORDS];
-
-    __device__ __forceinline__ void load(const void* base, long long index) {
-        const u8* address = (const u8*)base + index * bytes_of(FORMAT);
-        if constexpr (BYTES >= 16) {
-#pragma unroll
-            for (int n = 0; n < WORDS / 4; ++n) {
-                Words4 four = ((const Words4*)address)[n];
-                word[4 * n] = four.x, word[4 * n + 1] = four.y, word[4 * n + 2] = four.z, word[4 * n + 3] = four.w;
-            }
-        } else if constexpr (BYTES == 8) {
-            Words2 two = *(const Words2*)address;
-            word[0] = two.x, word[1] = two.y;
-        } else if constexpr (BYTES == 4) {
-            word[0] = *(const u32*)address;
-        } else {
-            word[0] = *(const u16*)address;
-        }
-    }
-
-    __device__ __forceinline__ float value(int n) const {
-        if constexpr (FORMAT == FP32) {
-            return bits_to_float(word[n]);
-        } else {
-            u16 half = (u16)(word[n / 2] >> 16 * (n % 2));
-            return FORMAT == FP16 ? half_to_float(half) : bfloat_to_float(half);
-        }
-    }
-
-    __device__ __forceinline__ void set(const float* values) {
-#pragma unroll
-        for (int n = 0; n < WORDS; ++n) {
-            if constexpr (FORMAT == FP32) {
-                word[n] = float_to_bits(values[n]);
-            } else {
-                word[n] = FORMAT == FP16 ? float_to_half(values[2 * n]) : float_to_bfloat(values[2 * n]);
-                if constexpr (COUNT > 1) {
-                    float odd = values[2 * n + 1];
-                    word[n] |= (u32)(FORMAT == FP16 ? float_to_half(odd) : float_to_bfloat(odd)) << 16;
-                }
-            }
-        }
-    }
-
-    __device__ __forceinline__ void store(void* base, long long index) const {
-        u8* address = (u8*)base + index * bytes_of(FORMAT);
-        if constexpr (BYTES >= 16) {
-#pragma unroll
-            for (int n = 0; n < WORDS / 4; ++n) {
-                ((Words4*)address)[n] = Words4{word[4 * n], word[4 * n + 1], word[4 * n + 2], word[4 * n + 3]};
-            }
-        } else if constexpr (BYTES == 8) {
-            *(Words2*)address = Words2{word[0], word[1]};
-        } else if constexpr (BYTES == 4) {
-            *(u32*)address = word[0];
-        } else {
-            *(u16*)address = (u16)word[0];
-        }
-    }
-};
 
 // The sign of a float: bit `n` of `bits`.
 __device__ __forceinline__ u32 sign_bit(u32 bits, int n) { return bits << (31 - n) & 0x80000000u; }
@@ -143,10 +71,11 @@ __device__ __forceinline__ void transform(float* value, int lane) {
 // Args: `in`: rows of ROW numbers, `in_stride` apart (the gate, where GATE is set); `second`: the up rows,
 // `second_stride` apart, or the norm's weight (ROW numbers); `out`: contiguous rows of ROW numbers; `input_signs`: one
 // bit a number of a row, set for -1; `matrix`: bit g of byte [j / GROUP][i], j a multiple of GROUP, is set where
-// M[i][j + g] < 0.
+// M[i][j + g] < 0. With ADD: `residual`: rows to add, `residual_stride` apart; `total`: contiguous rows for the sums, which
+// must be no row that is read, as other blocks may still read it.
 extern "C" __global__ void __launch_bounds__(WARPS* LANES)
     rotate(const void* in, int in_stride, const void* second, int second_stride, void* out, const u8* input_signs,
-           const u8* matrix, float scale, float epsilon) {
+           const u8* matrix, float scale, float epsilon, const void* residual, int residual_stride, void* total) {
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int warp_k = warp % WARPS_K, warp_j = warp / WARPS_K;
     int block = blockIdx.x;
@@ -162,10 +91,11 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
     const u8* group = matrix + (slice * WARPS_J + warp_j) * ORDER;
     const u8* in_row = (const u8*)in + (long long)row * in_stride * bytes_of(IN);
     const u8* up_row = (const u8*)second + (long long)row * second_stride * bytes_of(IN);
+    const u8* residual_row = (const u8*)residual + (long long)row * residual_stride * bytes_of(IN);
 
     float sum[GROUP][VECTOR] = {};
     float power = 0.0f;
-    Raw<IN, VECTOR> loaded[BATCH], other[BATCH];
+    Raw<IN, VECTOR> loaded[BATCH], other[BATCH], added[BATCH];
     u32 flips[BATCH], coefficients[BATCH];
     // What no kernel writes is read ahead: before the wait, and then a batch early.
     auto read_tables = [&](int first) {
@@ -191,12 +121,20 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
             if (i < ORDER) {
                 loaded[n].load(in_row, base + i * INNER);
                 if constexpr (GATE) other[n].load(up_row, base + i * INNER);
+                if constexpr (ADD) added[n].load(residual_row, base + i * INNER);
             }
         }
 #pragma unroll
         for (int n = 0; n < BATCH; ++n) {
             if ((first + n) * WAYS + way < ORDER) {
                 float value[VECTOR];
+                if constexpr (ADD) {
+#pragma unroll
+                    for (int v = 0; v < VECTOR; ++v) value[v] = loaded[n].value(v) + added[n].value(v);
+                    loaded[n].set(value);
+                    int place = base + ((first + n) * WAYS + way) * INNER;
+                    if (slice == 0 && warp_j == 0) loaded[n].store(total, (long long)row * ROW + place);
+                }
 #pragma unroll
                 for (int v = 0; v < VECTOR; ++v) {
                     value[v] = loaded[n].value(v);

@@ -54,6 +54,16 @@ __device__ __forceinline__ u32 lookup(u32 offset) {
     return word;
 }
 
+// The two words `offset` bytes into dynamic shared memory.
+__device__ __forceinline__ Words2 lookup_two(u32 offset) {
+    if constexpr ((WITHOUT & WITHOUT_LOOKUPS) != 0) return Words2{offset, offset};
+    Words2 words;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2 + %3];"
+                 : "=r"(words.x), "=r"(words.y)
+                 : "r"(offset), "n"(SHARED_BASE));
+    return words;
+}
+
 // Words of shared memory BYTES after an address, where `active`; elsewhere the old contents stay.
 template <int BYTES>
 __device__ __forceinline__ void load_shared_if(Words4& words, u32 address, bool active) {
@@ -163,14 +173,28 @@ __device__ __forceinline__ void store_global(u32* pointer, u32 value) {
     asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
+// Adds one to a counter that blocks share and gives what it was. What the block has stored before its last `block_sync` can
+// be seen by a block that reads the counter later, after a `block_sync` of its own.
+__device__ __forceinline__ u32 count_up(u32* counter) {
+    u32 before;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+// 2 to a power, to 2 units in the last place; 0 for what lies far below.
+__device__ __forceinline__ float exp2_fast(float power) {
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(power));
+    return value;
+}
+
 // 16 bytes from global to shared memory, asynchronously; both aligned to 16.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// Waits for all of this thread's copies.
+__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 

@@ -1,46 +1,55 @@
-// A warp's units from global memory to registers, DEPTH of them ahead of the decoding.
+// A warp's units from global memory to registers: one step in flight while another is decoded.
 //
-// A block's units are numbered row of tiles by row of tiles, in each the `row_units` that belong to the block's chunk; a
-// warp takes a run of them, `begin .. end`, however many rows that touches. So its reads follow one another in memory,
-// no warp waits for another, and all have as much to do to within one unit.
+// A step is one unit in each of ROWS rows of tiles, of the same columns. A warp goes through its columns, then on to the
+// next ROWS rows of its group (every ROW_GROUPS-th), and no warp waits for another.
+//
+// The compiler counts these loads with one scoreboard, so that waiting for one step is waiting for all that were asked
+// for since. So the next step is asked for when the one before has come, and not earlier.
 #pragma once
 
 #include "decoders.cuh"
 
+// What a warp takes of a block's `tiles` rows of tiles: those of its group, `units` columns of units from `first` on.
 struct Share {
-    int begin, end, row_units;
+    int group, tiles, first, units;
 };
 
 template <int WIDTH>
 struct Stream {
-    Unit<WIDTH> units[DEPTH];
-    const u8* next;  // what to fetch next
-    int left;        // units to fetch
-    int row_left;    // of these, up to the end of the chunk in this row
-    int row_units;
-    u32 jump;  // bytes from there to the chunk in the next row
+    static constexpr int BYTES = Unit<WIDTH>::BYTES;
 
-    // `packed`: the block's first row of tiles, of `stride_units` units; `first`: where its chunk begins there.
-    __device__ __forceinline__ void begin(const u8* packed, int stride_units, int first, const Share& share) {
-        row_units = share.row_units;
-        left = share.end - share.begin;
-        next = packed + static_cast<u64>(share.begin) * Unit<WIDTH>::BYTES;
-        if constexpr (SPLITS > 1) {
-            int row = share.begin / row_units;
-            row_left = (row + 1) * row_units - share.begin;
-            jump = (stride_units - row_units) * Unit<WIDTH>::BYTES;
-            next += first * Unit<WIDTH>::BYTES + static_cast<u64>(row) * jump;
-        }
-#pragma unroll
-        for (int slot = 0; slot < DEPTH; ++slot) fetch(slot);
+    Unit<WIDTH> units[2][ROWS];
+    const u8* next;   // what to fetch next, in the first of the rows
+    u32 row_bytes;    // from there to the same columns in the next row
+    u32 zero;         // 0, which the compiler does not know
+    int columns;      // steps of the warp's columns, in each of the rows,
+    int column_left;  // and from `next` to their end
+    int tiles_left;   // rows of tiles from `next` on; none or less at the end
+
+    // `packed`: the block's first row of tiles, of `stride_units` units; `chunk`: where the block's columns begin there.
+    __device__ __forceinline__ void begin(const u8* packed, int stride_units, int chunk, const Share& share) {
+        columns = column_left = share.units;
+        zero = gridDim.y - 1;
+        row_bytes = stride_units * BYTES;
+        tiles_left = columns == 0 ? 0 : share.tiles - share.group * ROWS;
+        next = packed + static_cast<u64>(share.group * ROWS) * row_bytes + (chunk + share.first) * BYTES;
+        fetch(0);
     }
 
-    __device__ __forceinline__ void fetch(int slot) {
-        units[slot].load(next, left > 0 && (WITHOUT & WITHOUT_WEIGHTS) == 0);
-        --left;
-        next += Unit<WIDTH>::BYTES;
-        if constexpr (SPLITS > 1) {
-            if (--row_left == 0) row_left = row_units, next += jump;
+    // Asks for a step once `arrived` has come.
+    __device__ __forceinline__ void fetch_after(int place, const Unit<WIDTH>& arrived) {
+        next += arrived.words[0] & zero;
+        fetch(place);
+    }
+
+    __device__ __forceinline__ void fetch(int place) {
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+            units[place][row].load(next + row * row_bytes, row < tiles_left && (WITHOUT & WITHOUT_WEIGHTS) == 0);
         }
+        bool last = --column_left == 0;
+        next += last ? ROW_GROUPS * ROWS * row_bytes - (columns - 1) * BYTES : BYTES;
+        column_left = last ? columns : column_left;
+        tiles_left -= last ? ROW_GROUPS * ROWS : 0;
     }
 };

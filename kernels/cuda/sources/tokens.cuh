@@ -28,71 +28,81 @@ __device__ __forceinline__ u32 scale_pair(u32 pair, float scale) {
 // The largest magnitude of two bf16 values, as bits.
 __device__ __forceinline__ u32 larger_of(u32 pair) { return max(pair & 0x7FFF, pair >> 16 & 0x7FFF); }
 
-// Loads x (batch, in_features) with the last LOADERS warps of the block. `shared_max`: LOADERS * TOKENS words.
-//
-// The 8 words (pairs of columns) of a tile lie in the order 0 4 1 5 2 6 3 7, so that the two registers of each B operand
-// are neighbours.
-template <int WARPS_BEFORE, int LOADERS>
-__device__ __forceinline__ void load_tokens(
-    u16* tokens, int stride, const Segment& low, const Segment& high, const u16* x, int in_features, int batch, int warp,
-    float* factors, u32* shared_max) {
-    constexpr int SHARERS = LOADERS > TOKENS ? LOADERS / TOKENS : 1;  // warps for a token
-    constexpr int AT_ONCE = LOADERS / SHARERS;                        // tokens
-    constexpr int FLIGHT = 4;                                         // tiles of a thread in flight
-    int lane = lane_index(), part = warp % SHARERS, low_tiles = low.units() * 8, tiles = low_tiles + high.units() * 8;
-    for (int token = warp / SHARERS; token < batch; token += AT_ONCE) {
-        Words4* to = reinterpret_cast<Words4*>(tokens + token * stride);
-        const u16* from = x + static_cast<u64>(token) * in_features;
-        u32 largest = 0;
-        for (int start = part * 32 + lane; start < tiles; start += FLIGHT * SHARERS * 32) {
-            Words4 values[FLIGHT][2] = {};
+// Brings x (batch, in_features) to shared memory with the last LOADERS warps of the block, in pieces of 8 columns.
+template <int LOADERS>
+struct TokenFilling {
+    static constexpr int SHARERS = LOADERS > TOKENS ? LOADERS / TOKENS : 1;  // warps for a token
+    static constexpr int AT_ONCE = LOADERS / SHARERS;                        // tokens
+    static constexpr int FLIGHT = 4;                                         // pieces of a thread in flight
+    static constexpr int STEP = SHARERS * 32;                                // pieces from one to the next
+
+    Segment low, high;
+    const u16* x;
+    int in_features, batch, warp;
+
+    __device__ __forceinline__ int pieces() const { return (low.units() + high.units()) * 16; }
+    __device__ __forceinline__ int first_piece() const { return warp % SHARERS * 32 + lane_index(); }
+    __device__ __forceinline__ int first_token() const { return warp / SHARERS; }
+
+    __device__ __forceinline__ void load(Words4 (&values)[FLIGHT], int token, int start) const {
+        int low_pieces = low.units() * 16;
 #pragma unroll
-            for (int i = 0; i < FLIGHT; ++i) {
-                int tile = start + i * SHARERS * 32;
-                bool is_low = tile < low_tiles;
-                int column = is_low ? low.first * 128 + 16 * tile : high.first * 128 + 16 * (tile - low_tiles);
-                if (tile < tiles && column < (is_low ? low.columns : high.columns)) {
-                    int start_column = is_low ? low.column : high.column;
-                    const Words4* source = reinterpret_cast<const Words4*>(from + start_column + column);
-                    values[i][0] = source[0], values[i][1] = source[1];
+        for (int i = 0; i < FLIGHT; ++i) {
+            int piece = start + i * STEP;
+            bool is_low = piece < low_pieces;
+            int column = is_low ? low.first * 128 + 8 * piece : high.first * 128 + 8 * (piece - low_pieces);
+            values[i] = Words4{};
+            if (piece < pieces() && column < (is_low ? low.columns : high.columns)) {
+                const u16* row = x + static_cast<u64>(token) * in_features;
+                values[i] = *reinterpret_cast<const Words4*>(row + (is_low ? low.column : high.column) + column);
+            }
+        }
+    }
+
+    // `shared_max`: LOADERS * TOKENS words.
+    __device__ __forceinline__ void fill(u16* tokens, int stride, float* factors, u32* shared_max) const {
+        int lane = lane_index(), part = warp % SHARERS;
+        for (int token = first_token(); token < batch; token += AT_ONCE) {
+            Words4* to = reinterpret_cast<Words4*>(tokens + token * stride);
+            u32 largest = 0;
+            for (int start = first_piece(); start < pieces(); start += FLIGHT * STEP) {
+                Words4 values[FLIGHT];
+                load(values, token, start);
+#pragma unroll
+                for (int i = 0; i < FLIGHT; ++i) {
+                    int piece = start + i * STEP;
+                    const Words4& v = values[i];
+                    if (piece < pieces()) to[piece] = v;
+                    largest = max(largest, max(max(larger_of(v.x), larger_of(v.y)), max(larger_of(v.z), larger_of(v.w))));
                 }
             }
-#pragma unroll
-            for (int i = 0; i < FLIGHT; ++i) {
-                int tile = start + i * SHARERS * 32;
-                const Words4 &a = values[i][0], &b = values[i][1];
-                if (tile < tiles) {
-                    to[2 * tile] = Words4{a.x, b.x, a.y, b.y};
-                    to[2 * tile + 1] = Words4{a.z, b.z, a.w, b.w};
-                }
-                largest = max(largest, max(max(larger_of(a.x), larger_of(a.y)), max(larger_of(a.z), larger_of(a.w))));
-                largest = max(largest, max(max(larger_of(b.x), larger_of(b.y)), max(larger_of(b.z), larger_of(b.w))));
+            if constexpr (BFLOAT) {
+                largest = warp_max(largest);
+                if (lane == 0) shared_max[token * SHARERS + part] = largest;
+            } else if (part == 0 && lane == 0) {
+                factors[token] = 1.0f;
             }
         }
         if constexpr (BFLOAT) {
-            largest = warp_max(largest);
-            if (lane == 0) shared_max[token * SHARERS + part] = largest;
-        } else if (part == 0 && lane == 0) {
-            factors[token] = 1.0f;
+            barrier_sync<1, 32 * LOADERS>();
+            scale(tokens, stride, factors, shared_max);
         }
     }
-    if constexpr (BFLOAT) {
-        barrier_sync<1, 32 * LOADERS>();
-        for (int token = warp / SHARERS; token < batch; token += AT_ONCE) {
+
+    __device__ __forceinline__ void scale(u16* tokens, int stride, float* factors, const u32* shared_max) const {
+        int lane = lane_index(), part = warp % SHARERS;
+        for (int token = first_token(); token < batch; token += AT_ONCE) {
             u32 largest = 0;
             for (int i = 0; i < SHARERS; ++i) largest = max(largest, shared_max[token * SHARERS + i]);
             int shift = min(141 - static_cast<int>(largest >> 7), 126);
             if (part == 0 && lane == 0) factors[token] = bits_to_float((127 - shift) << 23);
-            float scale = bits_to_float((127 + shift) << 23);
-            Words4* values = reinterpret_cast<Words4*>(tokens + token * stride);
-            for (int i = 2 * (part * 32 + lane); i < 2 * tiles; i += 2 * SHARERS * 32) {
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    Words4 v = values[i + half];
-                    values[i + half] = Words4{
-                        scale_pair(v.x, scale), scale_pair(v.y, scale), scale_pair(v.z, scale), scale_pair(v.w, scale)};
-                }
+            float power = bits_to_float((127 + shift) << 23);
+            Words4* own = reinterpret_cast<Words4*>(tokens + token * stride);
+            for (int piece = first_piece(); piece < pieces(); piece += STEP) {
+                Words4 v = own[piece];
+                own[piece] = Words4{
+                    scale_pair(v.x, power), scale_pair(v.y, power), scale_pair(v.z, power), scale_pair(v.w, power)};
             }
         }
     }
-}
+};

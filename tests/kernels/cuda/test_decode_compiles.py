@@ -20,7 +20,7 @@ CASES = [
     ("vq-6", 16, torch.float16, None),
     ("tcq-2.5", 1, torch.bfloat16, None),
     ("tcq-5", 8, torch.float16, None),
-    ("half-tcq-1.75", 1, torch.float16, Tuning(8, replicas=8, depth=4)),
+    ("half-tcq-1.75", 1, torch.float16, Tuning(8, replicas=8)),
     ("half-tcq-4.25", 2, torch.bfloat16, None),
 ]
 
@@ -28,10 +28,9 @@ CASES = [
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("label", "batch", "dtype", "tuning"), CASES, ids=[case[0] for case in CASES])
 def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
-    shape = (SPECS[label], 4096, 4096, batch, dtype, LIMITS)
-    chosen = tuning or tune(*shape)
+    chosen = tuning or tune(SPECS[label], 4096, 4096, batch, LIMITS)
     assert chosen is not None
-    launch = launch_for(*shape, chosen)
+    launch = launch_for(SPECS[label], 4096, 4096, batch, dtype, LIMITS, chosen)
     assert launch is not None
     assert launch.shared_bytes <= LIMITS.shared_bytes
     assert compile_source(launch.source, arch)[:4] == b"\x7fELF"

@@ -18,14 +18,18 @@ LIMITS = Limits(multiprocessors=3, shared_bytes=227 << 10)
 
 CASES = [
     ("int-3", (48, 256), 1, torch.float16, Tuning(4)),
-    ("int-7", (96, 160), 3, torch.bfloat16, Tuning(4, replicas=1, depth=2)),
-    ("nuq-2", (144, 512), 1, torch.float16, Tuning(8, depth=4)),
+    ("int-7", (96, 160), 3, torch.bfloat16, Tuning(4, replicas=1, rows=1)),
+    ("nuq-2", (144, 512), 1, torch.float16, Tuning(8, row_groups=2)),
+    ("nuq-4", (80, 384), 4, torch.float16, Tuning(4, rows=1, row_groups=2)),
     ("nuq-6", (48, 256), 8, torch.bfloat16, Tuning(4, replicas=4, splits=3)),
-    ("vq-2.5", (208, 416), 13, torch.float16, Tuning(4, waves=2)),
+    ("vq-1.5", (176, 640), 6, torch.bfloat16, Tuning(4)),
+    ("vq-2.5", (208, 416), 13, torch.float16, Tuning(4, rows=1, waves=2)),
+    ("vq-3.5", (64, 1184), 2, torch.float16, Tuning(4, rows=1)),
+    ("vq-5", (64, 320), 1, torch.float16, Tuning(4, replicas=4)),
     ("tcq-3", (112, 640), 1, torch.bfloat16, Tuning(8, replicas=8)),
     ("tcq-4.5", (32, 320), 5, torch.float16, Tuning(4, replicas=4, signed=False, splits=2)),
-    ("half-tcq-2.75", (176, 544), 2, torch.float16, Tuning(8, replicas=4)),
-    ("half-tcq-3.25", (64, 576), 1, torch.float16, Tuning(4, replicas=4, splits=2, depth=2)),
+    ("half-tcq-2.75", (176, 544), 2, torch.float16, Tuning(8, replicas=4, row_groups=2)),
+    ("half-tcq-3.25", (64, 576), 1, torch.float16, Tuning(4, replicas=4, splits=2, rows=1)),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.experiments.kernel_checks import random_weight
-from msq.kernels.cuda.layout import from_units, pair_width, prepare, to_units
+from msq.kernels.cuda.layout import from_units, pair_width, plane_bits, prepare, to_units
 from msq.kernels.quantize import coders, decode_unit
 from msq.kernels.quantizers.codes import state_points
 from msq.kernels.quantizers.trellis import TrellisCoder
@@ -26,9 +26,29 @@ def lane_words(unit: torch.Tensor, width: int) -> list[int]:
     return streams
 
 
-def decode_lanes(unit: torch.Tensor, width: int, coder, codebook: torch.Tensor) -> torch.Tensor:
+def plane_code(words: int, width: int, bits: int, n: int) -> int:
+    """Code `n` of a lane whose words are byte planes."""
+    octet, byte = divmod(n, 4)
+    if octet < width:
+        return words >> 32 * octet + 8 * byte & (1 << bits) - 1
+    code = 0
+    for bit in range(bits):
+        word, place = divmod((octet - width) * bits + bit, 8 - bits)
+        code |= (words >> 32 * word + 8 * byte + bits + place & 1) << bit
+    return code
+
+
+def lane_streams(unit: torch.Tensor, width: int, bits: int) -> list[int]:
+    """The codes of each lane's pairs one behind another; `bits`: of the codes in byte planes, or 0."""
+    streams = lane_words(unit, width)
+    if bits == 0:
+        return streams
+    return [sum(plane_code(words, width, bits, n) << bits * n for n in range(32 * width // bits)) for words in streams]
+
+
+def decode_lanes(unit: torch.Tensor, width: int, bits: int, coder, codebook: torch.Tensor) -> torch.Tensor:
     """``(16, 128)``: what the lanes of a warp decode of a unit, put where the multiplications take it to be."""
-    streams, run_bits = lane_words(unit, width), 16 * width
+    streams, run_bits = lane_streams(unit, width, bits), 16 * width
     points = state_points(codebook, coder.state_bits) if isinstance(coder, TrellisCoder) else None
     result = torch.full((16, 128), torch.nan)
     for lane, block in ((lane, block) for lane in range(32) for block in range(2)):
@@ -48,7 +68,10 @@ def decode_lanes(unit: torch.Tensor, width: int, coder, codebook: torch.Tensor) 
     return result
 
 
-@pytest.mark.parametrize("label", ["int-3", "nuq-5", "vq-1.5", "tcq-1.5", "tcq-4", "tcq-4.5", "half-tcq-2.75"])
+@pytest.mark.parametrize(
+    "label",
+    ["int-3", "nuq-2", "nuq-5", "vq-1.5", "vq-2.5", "vq-3.5", "vq-4", "tcq-1.5", "tcq-4", "tcq-4.5", "half-tcq-2.75"],
+)
 def test_lanes_decode_what_the_twin_does(label):
     spec = SPECS[label]
     weight = random_weight(spec, 32, 320, torch.device("cpu"))
@@ -56,7 +79,7 @@ def test_lanes_decode_what_the_twin_does(label):
     for units, coder, columns in zip(prepared.units, coders(spec), prepared.segment_columns, strict=True):
         row, last = 1, units.shape[1] - 1
         for unit in {0, last}:
-            found = decode_lanes(units[row, unit], coder.width, coder, weight.codebook)
+            found = decode_lanes(units[row, unit], coder.width, plane_bits(spec, coder.width), coder, weight.codebook)
             here = expected[16 * row :, start + 128 * unit : start + min(128 * unit + 128, columns)]
             assert torch.equal(found[:, : here.shape[1]], here)
         start += columns
@@ -68,11 +91,11 @@ def test_the_layout_is_a_permutation(spec):
     prepared = prepare(weight)
     for packed, units, rate in zip(weight.packed, prepared.units, spec.rates, strict=True):
         assert units.shape == (3, -(-packed.shape[1] // 8), 128 * pair_width(rate))
-        assert torch.equal(from_units(units, packed.shape[1]), packed)
+        assert torch.equal(from_units(units, packed.shape[1], spec), packed)
     whole = random_weight(spec, 16, 512, torch.device("cpu"))
     assert prepare(whole).size_bytes == whole.size_bytes == spec.size_bytes(16, 512)
 
 
-def test_bytes_move_and_do_not_change():
+def test_bytes_of_plain_streams_move_and_do_not_change():
     packed = torch.randint(256, (2, 8, 16 * 7), dtype=torch.uint8)
-    assert torch.equal(to_units(packed).flatten().sort().values, packed.flatten().sort().values)
+    assert torch.equal(to_units(packed, SPECS["tcq-3.5"]).flatten().sort().values, packed.flatten().sort().values)

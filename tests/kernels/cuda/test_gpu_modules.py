@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.kernels.cuda import hadamard, jit
-from msq.kernels.cuda.hadamard import rotation_tables
 from msq.kernels.cuda.linear import KernelLinear, separate_workspace
+from msq.kernels.cuda.rotation_plan import rotation_tables
 from msq.kernels.errors import KernelError, QuantizerError
 from msq.kernels.linear import IMPLEMENTATIONS, FusedLinear
 from msq.kernels.quantize import dequantize, quantize
@@ -138,7 +138,7 @@ def test_work_goes_to_the_device_of_its_arguments(weights):
 
 def test_launch_errors_are_named():
     kernel = jit.load(hadamard.sources(64, False, torch.float16)[0], torch.device("cuda"))
-    with pytest.raises(KernelError, match="takes 9 arguments; got 1"):
+    with pytest.raises(KernelError, match="takes 12 arguments; got 1"):
         kernel.launch(1, 32, (None,))
     with pytest.raises(KernelError, match="bytes of shared memory"):
-        kernel.launch(1, 32, (None,) * 9, shared_bytes=1 << 20)
+        kernel.launch(1, 32, (None,) * 12, shared_bytes=1 << 20)

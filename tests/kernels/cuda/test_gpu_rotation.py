@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from msq.kernels.cuda import hadamard
-from msq.kernels.cuda.hadamard import MANY_ROWS, fuses_norm, rotation_tables
+from msq.kernels.cuda.rotation_plan import MANY_ROWS, fuses_norm, rotation_tables
 from msq.kernels.hadamard import apply_hadamard, hadamard_plan
 from msq.kernels.rotation import rotate, rotation_signs
 

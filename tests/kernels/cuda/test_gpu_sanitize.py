@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.experiments.kernel_checks import random_weight
-from msq.kernels.cuda import decode, hadamard
+from msq.kernels.cuda import attention, decode, hadamard
 from msq.kernels.cuda.dequantize import dequantize
-from msq.kernels.cuda.hadamard import fuses_norm, rotation_tables
 from msq.kernels.cuda.layout import prepare
+from msq.kernels.cuda.rotation_plan import fuses_norm, rotation_tables
 from msq.kernels.specs import Family, QuantizerSpec
 
 pytestmark = pytest.mark.gpu
@@ -34,6 +34,22 @@ def test_rotations(size):
         assert hadamard.rotate_gated(gate, up, tables).isfinite().all()
         if fuses_norm(size):
             assert hadamard.rotate_normed(gate, up[0].clone(), 1e-5, tables).isfinite().all()
+            assert hadamard.rotate_added(gate, up, up[0].clone(), 1e-5, tables)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [40, 64, 128, 256])
+def test_attention(size):
+    heads, key_heads, batch, capacity = 8, 2, 3, 96
+    q, k, v = (torch.randn(batch, count * size, device=DEVICE).half() for count in (heads, key_heads, key_heads))
+    cosines, sines = torch.rand(2, capacity, size // 2, device=DEVICE)
+    weights = torch.rand(2, size, device=DEVICE).half()
+    keys, values = torch.randn(2, batch, key_heads, capacity, size, device=DEVICE).half()
+    positions = torch.tensor([95, 0, 40], dtype=torch.int32, device=DEVICE)
+    turning = attention.Turning(cosines, sines, *weights, 1e-5)
+    room = attention.new_workspace(heads, key_heads, size, batch, capacity, DEVICE)
+    for window in (0, 7):
+        given = q, k, v, turning, positions, keys, values
+        assert attention.attend(*given, scale=0.1, window=window, workspace=room).isfinite().all()
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.label)

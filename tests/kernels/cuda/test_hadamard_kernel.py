@@ -8,7 +8,8 @@ import pytest
 import torch
 from msq.kernels.cuda import hadamard
 from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
-from msq.kernels.cuda.hadamard import division, fuses_norm, matrix_table, passes, rotation_tables, source, sources
+from msq.kernels.cuda.hadamard import source, sources
+from msq.kernels.cuda.rotation_plan import division, fuses_norm, matrix_table, passes, rotation_tables
 from msq.kernels.hadamard import apply_hadamard, hadamard_matrix, hadamard_plan
 from msq.kernels.rotation import rotate, rotation_signs
 
@@ -92,6 +93,19 @@ def test_the_kernels_source_computes_the_rotation(emulated, size, rows, dtype, b
 
 
 @needs_compiler
+@pytest.mark.parametrize(
+    ("size", "rows", "dtype"), [(4096, 1, torch.float16), (256, 5, torch.bfloat16), (1536, 33, torch.float16)]
+)
+def test_a_sum_is_normed_and_rotated_and_written_out(emulated, size, rows, dtype):
+    generator = torch.Generator().manual_seed(size)
+    x, residual = torch.randn(2, rows, size + 16, generator=generator).to(dtype)[..., :size]
+    weight, tables = torch.randn(size, generator=generator).to(dtype), rotation_tables(size, 3, torch.device("cpu"))
+    found, total = hadamard.rotate_added(x, residual, weight, 1e-5, tables)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(found, hadamard.rotate_normed(total, weight, 1e-5, tables))
+
+
+@needs_compiler
 def test_outputs_are_written_once_and_nothing_else_is(emulated, monkeypatch):
     size, rows = 1536, 3
     room = torch.full((rows * size + 64,), float("nan"))
@@ -110,7 +124,10 @@ def test_a_norm_is_fused_only_where_blocks_see_whole_rows():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kind_of_pass_compiles(arch):
     pytest.importorskip("cuda.core", reason='kernels are compiled by cuda-core: pip install "msq[cuda]"')
-    for code in [*sources(14336, False, torch.bfloat16, gate=True), *sources(4096, True, torch.float16, norm=True)]:
+    for code in [
+        *sources(14336, False, torch.bfloat16, gate=True),
+        *sources(4096, True, torch.float16, norm=True, add=True),
+    ]:
         assert compile_source(code, arch)
 
 

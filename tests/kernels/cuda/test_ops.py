@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from msq.experiments.kernel_checks import random_weight
 from msq.kernels.cuda import ops
-from msq.kernels.cuda.hadamard import rotation_tables
 from msq.kernels.cuda.layout import prepare
+from msq.kernels.cuda.rotation_plan import rotation_tables
 from msq.kernels.errors import QuantizerError
 from msq.kernels.quantize import decode
 from msq.kernels.rotation import rotate
@@ -74,6 +74,8 @@ SPECS = [
     QuantizerSpec(Family.VQ, 2.5),
     QuantizerSpec(Family.TCQ, 2.5, 12),
     QuantizerSpec(Family.HALF_TCQ, 2.75, 12),
+    QuantizerSpec(Family.TCQ, 4, 12, 9),  # not the default table
+    QuantizerSpec(Family.HALF_TCQ, 3.375, 12),
 ]
 
 

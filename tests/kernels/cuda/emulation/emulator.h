@@ -128,7 +128,7 @@ inline void run_block(unsigned threads) {
 template <class... Args, size_t... N>
 void run(void (*kernel)(Args...), unsigned grid, unsigned block, void** args, std::index_sequence<N...>) {
     if (fibers.size() < block) fibers = std::vector<Fiber>(block);
-    gridDim.x = grid, blockDim.x = block;
+    gridDim.x = grid, gridDim.y = 1, blockDim.x = block;
     body = [&] { kernel(*(Args*)args[N]...); };
     for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) run_block(block);
 }

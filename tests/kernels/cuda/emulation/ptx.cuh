@@ -60,6 +60,7 @@ inline int lane_index() { return threadIdx.x & 31; }
 inline void stop_kernel() { std::abort(); }
 inline void check_shared_base(const void*) {}
 inline u32 lookup(u32 offset) { return *(const u32*)(dynamic_shared + offset); }
+inline Words2 lookup_two(u32 offset) { return *(const Words2*)(dynamic_shared + offset); }
 inline u32 funnel_shift(u32 low, u32 high, u32 shift) { return (u32)(((u64)high << 32 | low) >> shift); }
 inline u32 permute(u32 first, u32 second, u32 selector) {
     u64 both = (u64)second << 32 | first;
@@ -98,8 +99,9 @@ inline void load_shared_if(Words4& words, u32 address, bool active) {
 }
 inline u32 load_global(const u32* pointer) { return *pointer; }
 inline void store_global(u32* pointer, u32 value) { *pointer = value; }
+inline u32 count_up(u32* counter) { return (*counter)++; }
+inline float exp2_fast(float power) { return std::exp2(power); }
 inline void copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
-inline void copy_commit() {}
 inline void copy_wait() {}
 
 // PTX, "Matrix fragments for mma.m16n8k16": lane 4 g + t holds rows g and g + 8 of the weights and column g of the tokens.

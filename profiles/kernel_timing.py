@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from ..kernels.codebooks import codebook
+from ..kernels.cuda.decode import MAX_BATCH
+from ..kernels.cuda.jit import Source
 from ..kernels.cuda.layout import UNIT_COLUMNS, PreparedWeight, pair_width
+from ..kernels.cuda.tuning import Limits, launch_for, tune
 from ..kernels.specs import TILE, QuantizerSpec
 
 _CACHE_MULTIPLE = 3
 _FEWEST_LAUNCHES = 24
+Case = tuple[QuantizerSpec, int, int, int]
+"""Quantizer, out_features, in_features and batch size of a product."""
 
 
 class Pool:
@@ -67,6 +72,30 @@ class Pool:
             scales = torch.rand(out_features, device=part.device).half()
             found.append(PreparedWeight(spec, out_features, in_features, units, scales, codebook(spec).to(part.device)))
         return found
+
+
+def decode_sources(cases: Sequence[Case], dtype: torch.dtype, limits: Limits) -> tuple[list[Source], int]:
+    """The distinct decode kernels that products run on, and the words of workspace that all of them can share.
+
+    Batches above the decode kernels' are left out: they run on another kernel.
+    """
+    sources: dict[Source, None] = {}
+    words = 0
+    for spec, rows, width, batch in cases:
+        tuning = tune(spec, rows, width, batch, limits) if batch <= MAX_BATCH else None
+        launch = None if tuning is None else launch_for(spec, rows, width, batch, dtype, limits, tuning)
+        if launch is not None:
+            sources[launch.source] = None
+            words = max(words, launch.workspace_words)
+    return list(sources), words
+
+
+def multiply_call(x: Tensor, weight: PreparedWeight, workspace: Tensor) -> Callable[[], Tensor]:
+    """The product of a layer as its module runs it, the input rotated already."""
+    spec = weight.spec
+    arguments = (list(weight.units), weight.scales, weight.codebook, None, workspace)
+    fields = (str(spec.family), spec.bits, spec.state_bits)
+    return lambda: torch.ops.msq.multiply(x, *arguments, *fields)
 
 
 @cache

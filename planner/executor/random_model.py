@@ -1,0 +1,157 @@
+"""Models of random packed weights from a config and a plan: the right bytes in the right shapes, to time and to test.
+
+What a kernel costs does not depend on its codes, so tokens per second of a plan can be measured without the model's
+weights, on any device that holds the packed ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.codebooks import codebook
+from ...kernels.quantize import QuantizedWeight, packed_names, tensor_shapes
+from ...kernels.specs import Family, QuantizerSpec
+from ...profiles.schema import ROLES
+from ..plan import Plan, PlannedLayer, PlanQuantizer
+from .errors import CheckpointError
+from .install import choose_places, install
+from .load import HEAD, fresh_buffers
+from .manifest import QuantizationConfig, QuantizedLayer
+
+_FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
+_SEED = 0
+"""Of every rotation: layers of one input must share it, others may."""
+
+
+def linear_layers(model: nn.Module, *, head: bool) -> list[str]:
+    """Paths of the layers that a plan may hold, block by block; with `head`, that of the output layer last."""
+    blocks = [name for name, module in model.named_modules() if name.rpartition(".")[2] in ROLES]
+    return [*blocks, *([HEAD] if head else [])]
+
+
+def skeleton(config: Any) -> nn.Module:
+    """The stock model of a transformers config, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def uniform_quantization(
+    config: Any, spec: QuantizerSpec, *, head: QuantizerSpec | None = None, fused: bool = True
+) -> QuantizationConfig:
+    """One quantizer for every layer of every block.
+
+    Args:
+        head: of the output layer; None leaves it as it is.
+        fused: whether layers of one input run as one kernel.
+    """
+    model = skeleton(config)
+    planned = []
+    for name in linear_layers(model, head=head is not None):
+        parent, _, role = name.rpartition(".")
+        together = next((roles for roles in _FUSED if role in roles), {role}) if fused else {role}
+        pattern = tuple(f"{parent}.{other}" if parent else other for other in (*ROLES, HEAD) if other in together)
+        chosen = head if name == HEAD and head is not None else spec
+        planned.append(PlannedLayer(layer=name, quantizer=chosen.label, implementation="tensor_core", pattern=pattern))
+    specs = {chosen.label: chosen for chosen in (spec, head) if chosen is not None}
+    fields = {label: PlanQuantizer.model_validate(asdict(chosen)) for label, chosen in specs.items()}
+    return _described(model, planned, fields)
+
+
+def planned_quantization(config: Any, plan: Plan) -> QuantizationConfig:
+    """What a checkpoint of a plan would say of its layers.
+
+    Raises:
+        CheckpointError: the plan has a layer that the config's model lacks.
+    """
+    return _described(skeleton(config), plan.layers, plan.quantizers)
+
+
+def _described(model: nn.Module, planned: Any, quantizers: dict[str, PlanQuantizer]) -> QuantizationConfig:
+    modules = dict(model.named_modules())
+    layers = {}
+    for entry in planned:
+        module = modules.get(entry.layer)
+        if not isinstance(module, nn.Linear):
+            raise CheckpointError(
+                f"the plan has a layer {entry.layer}, which a {type(model).__name__} of this config lacks; plan for it."
+            )
+        rotated = quantizers[entry.quantizer].family is not Family.INT
+        layers[entry.layer] = QuantizedLayer(
+            quantizer=entry.quantizer,
+            out_features=module.out_features,
+            in_features=module.in_features,
+            rotation_seed=_SEED if rotated else None,
+            pattern=entry.pattern,
+            implementation=entry.implementation,
+        )
+    return QuantizationConfig(quantizers=quantizers, layers=layers)
+
+
+def random_weight(
+    spec: QuantizerSpec, out_features: int, in_features: int, generator: torch.Generator
+) -> QuantizedWeight:
+    """A packed weight of random codes, its rows of about unit length, on the generator's device."""
+    device = generator.device
+    shapes = tensor_shapes(spec, out_features, in_features)
+    packed = tuple(
+        torch.randint(256, shapes[name][0], dtype=torch.uint8, device=device, generator=generator)
+        for name in packed_names(spec)
+    )
+    size = 2.0 ** (spec.bits - 1) / 3**0.5 if spec.family is Family.INT else 1.0  # of a decoded code, about
+    scales = torch.full((out_features,), in_features**-0.5 / size, dtype=torch.float16, device=device)
+    seed = None if spec.family is Family.INT else _SEED
+    return QuantizedWeight(spec, out_features, in_features, seed, packed, scales, codebook(spec).to(device))
+
+
+def random_model(
+    config: Any,
+    quantization: QuantizationConfig | None,
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.float16,
+    implementation: str | None = None,
+    fused: bool = True,
+    seed: int = 0,
+) -> nn.Module:
+    """A stock model with random weights, packed ones in the places that `quantization` names; in evaluation mode.
+
+    Args:
+        config: of a transformers model; its head is untied where it is quantized.
+        quantization: of `uniform_quantization` or `planned_quantization`; None for a model of stock layers alone.
+        dtype: of the other weights, and so of activations.
+        implementation, fused: as for `install.choose_places`.
+    """
+    if quantization is not None and HEAD in quantization.layers:
+        config.tie_word_embeddings = False
+    model = skeleton(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    if quantization is not None:
+        weights, biases = {}, dict[str, Tensor | None]()
+        for name, layer in quantization.layers.items():
+            shape = layer.out_features, layer.in_features
+            weights[name] = random_weight(quantization.spec(name), *shape, generator)
+            has_bias = model.get_submodule(name).bias is not None
+            biases[name] = torch.zeros(layer.out_features, dtype=dtype, device=device) if has_bias else None
+        install(model, weights, biases, choose_places(quantization, device, implementation=implementation, fused=fused))
+    filled: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            filled[name] = torch.ones(parameter.shape, dtype=dtype, device=device)
+        elif name.endswith("bias"):
+            filled[name] = torch.zeros(parameter.shape, dtype=dtype, device=device)
+        else:
+            values = torch.randn(parameter.shape, dtype=dtype, device=device, generator=generator)
+            filled[name] = values if "embed" in name else values.mul_(parameter.shape[-1] ** -0.5)
+    untyped: Any = model
+    untyped.load_state_dict(filled, strict=False, assign=True)
+    untyped.tie_weights()
+    fresh_buffers(model)
+    config.dtype = dtype
+    return model.to(device).requires_grad_(False).eval()

@@ -74,7 +74,7 @@ _RATES: dict[Family, _Rates] = {
     Family.HALF_TCQ: _Rates(1.625, 4.875, 0.125, but=0.5),
 }
 _PALETTE_STEPS: dict[Family, _Rates] = _RATES | {Family.HALF_TCQ: _Rates(1.75, 4.75, 0.5)}
-_ONE_MAD_RATES = _Rates(2, 5)
+_WHOLE_RATES = _Rates(2, 5)
 _TABLE_BITS = {7: 10, 8: 11, 9: 11, 10: 12}
 """Bits of the default table's index for trellis steps of so many bits; 9 below."""
 _LARGEST_TABLE_BITS = 15
@@ -127,8 +127,8 @@ class QuantizerSpec:
     def _check_code(self, family: Family) -> None:
         if self.code is not TrellisCode.HYB and family is not Family.TCQ:
             raise QuantizerError(f"the code {self.code} belongs to the family tcq; got {family}.")
-        if self.pair_steps == 2 and self.bits not in _ONE_MAD_RATES:
-            raise QuantizerError(f"the code {self.code} comes in {_ONE_MAD_RATES}; got {self.bits:g}.")
+        if self.pair_steps == 2 and self.bits not in _WHOLE_RATES:
+            raise QuantizerError(f"the code {self.code} comes in {_WHOLE_RATES}; got {self.bits:g}.")
         default = self._default_table_bits
         hashed = self.has_trellis and self.code is TrellisCode.HYB
         if not (1 <= self.table_bits <= _LARGEST_TABLE_BITS if hashed else self.table_bits == default):
@@ -245,7 +245,7 @@ def every_quantizer(state_bits: int = DEFAULT_STATE_BITS) -> tuple[QuantizerSpec
         specs += [
             replace(base, table_bits=bits) for bits in SHIPPED_TABLE_BITS.get(base.bits, ()) if bits != base.table_bits
         ]
-        if base.bits in _ONE_MAD_RATES:
+        if base.bits in _WHOLE_RATES:
             specs += [replace(base, table_bits=0, code=code) for code in _CALCULATED]
     return tuple(specs)
 

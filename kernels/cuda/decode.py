@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..specs import TILE, QuantizerSpec
+from ..specs import TILE, QuantizerSpec, TrellisCode
 from .jit import Kernel, load
 from .layout import PreparedWeight
 from .tuning import FORMATS, Launch, Tuning, device_limits, launch_for, tune
@@ -34,11 +34,9 @@ def unsupported_reason(
         return (
             f"the decode kernels need compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} is older."
         )
-    if out_features % TILE or in_features % (2 * TILE):
-        return (
-            f"the decode kernels take multiples of {TILE} outputs and {2 * TILE} inputs; "
-            f"got {out_features} x {in_features}."
-        )
+    reason = _unsupported_weight(spec, out_features, in_features)
+    if reason is not None:
+        return reason
     if not 1 <= batch_size <= MAX_BATCH:
         return f"the decode kernels take 1 to {MAX_BATCH} tokens; got {batch_size}: dequantize and multiply instead."
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -47,6 +45,17 @@ def unsupported_reason(
         return (
             f"{spec.label} of {in_features} inputs and {batch_size} tokens needs more shared memory than the "
             f"{limits.shared_bytes} bytes of {device}."
+        )
+    return None
+
+
+def _unsupported_weight(spec: QuantizerSpec, out_features: int, in_features: int) -> str | None:
+    if spec.code is not TrellisCode.HYB:
+        return f"the decode kernels know the trellis code hyb; {spec.label} runs as reference."
+    if out_features % TILE or in_features % (2 * TILE):
+        return (
+            f"the decode kernels take multiples of {TILE} outputs and {2 * TILE} inputs; "
+            f"got {out_features} x {in_features}."
         )
     return None
 

@@ -161,9 +161,16 @@ define(
 )
 
 
+def _spec(codebook: Tensor, family: str, bits: float, state_bits: int) -> QuantizerSpec:
+    """The quantizer; the size of a trellis table is that of the codebook."""
+    return _sized_spec(family, bits, state_bits, codebook.shape[0])
+
+
 @cache
-def _spec(family: str, bits: float, state_bits: int) -> QuantizerSpec:
-    return QuantizerSpec(Family(family), bits, state_bits)
+def _sized_spec(family: str, bits: float, state_bits: int, entries: int) -> QuantizerSpec:
+    if state_bits:
+        return QuantizerSpec(Family(family), bits, state_bits, entries.bit_length() - 1)
+    return QuantizerSpec(Family(family), bits)
 
 
 def _check_product(x: Tensor, scales: Tensor, bias: Tensor | None) -> None:
@@ -185,7 +192,7 @@ def _multiply_cuda(
 ) -> Tensor:
     _check_product(x, scales, bias)
     rows = x.reshape(-1, x.shape[-1])
-    weight = PreparedWeight(_spec(*spec), scales.shape[0], x.shape[-1], tuple(units), scales, codebook)
+    weight = PreparedWeight(_spec(codebook, *spec), scales.shape[0], x.shape[-1], tuple(units), scales, codebook)
     if not rows.shape[0]:
         y = rows.new_empty(0, scales.shape[0])
     elif rows.shape[0] <= DECODE_LIMIT:
@@ -231,14 +238,14 @@ def _multiply_fake(
 def _dequantize_cuda(
     units: Sequence[Tensor], scales: Tensor, codebook: Tensor, in_features: int, dtype: torch.dtype, *spec: Any
 ) -> Tensor:
-    weight = PreparedWeight(_spec(*spec), scales.shape[0], in_features, tuple(units), scales, codebook)
+    weight = PreparedWeight(_spec(codebook, *spec), scales.shape[0], in_features, tuple(units), scales, codebook)
     return dequantize.dequantize(weight, dtype)
 
 
 def _dequantize_cpu(
     units: Sequence[Tensor], scales: Tensor, codebook: Tensor, in_features: int, dtype: torch.dtype, *spec: Any
 ) -> Tensor:
-    found = _spec(*spec)
+    found = _spec(codebook, *spec)
     tiles = found.segment_tiles(in_features)
     packed = tuple(from_units(part, count, found) for part, count in zip(units, tiles, strict=True))
     weight = QuantizedWeight(found, scales.shape[0], in_features, None, packed, scales, codebook)

@@ -226,7 +226,7 @@ _ONE_ROW = 1.12
 """And where a warp has one row at a time."""
 _UNSIGNED = 1.1
 """And where signs are set by an instruction of their own."""
-_FIRST_STEP_CYCLES = 0.6
+_FIRST_STEP_UNITS = 0.6
 """What more rows in the first step cost, before which nothing can be decoded: in units of all warps."""
 _SPLIT_CYCLES = 1500
 """To wait for other blocks' sums."""
@@ -237,11 +237,13 @@ _STORE_BYTES = 128
 def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning) -> float:
     """Cycles of the busiest multiprocessor, but for what all tunings have in common."""
     rounds = -(-division.block_tiles // (tuning.rows * tuning.row_groups))
-    steps = rounds * _most_units(division.units, division.warps, tuning.row_groups)
+    # Warps that have less to do leave more of the multiprocessor to the others: half of the imbalance counts.
+    most = rounds * tuning.rows * _most_units(division.units, division.warps, tuning.row_groups)
+    units = 0.5 * (most + division.block_tiles * sum(division.units) / tuning.warps)
     unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas] * (_ONE_ROW if tuning.rows == 1 else 1)
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED
-    decoding = tuning.warps * unit * (steps * tuning.rows + _FIRST_STEP_CYCLES * tuning.rows)
+    decoding = tuning.warps * unit * (units + _FIRST_STEP_UNITS * tuning.rows)
     slots = division.block_tiles * (tuning.warps // tuning.row_groups)
     adding = 2 * slots * max(1, _tokens(batch) * TILE / 32)
     start = 0.5 * division.table_bytes / _STORE_BYTES + 2 * batch * sum(division.units) * UNIT_COLUMNS / _STORE_BYTES

@@ -74,6 +74,8 @@ SPECS = [
     QuantizerSpec(Family.VQ, 2.5),
     QuantizerSpec(Family.TCQ, 2.5, 12),
     QuantizerSpec(Family.HALF_TCQ, 2.75, 12),
+    QuantizerSpec(Family.TCQ, 4, 12, 9),  # not the default table
+    QuantizerSpec(Family.HALF_TCQ, 3.375, 12),
 ]
 
 

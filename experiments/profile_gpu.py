@@ -1,6 +1,6 @@
-"""Latency profiles of this GPU for the models whose shapes ship with msq, as they are shipped in `profiles/shipped`.
+"""Latency profiles of this GPU for the models whose shapes ship with msq, as they are shipped in `profiles/gpus`.
 
-    python -m msq.experiments.profile_gpu --out shipped/h200            all models, minutes
+    python -m msq.experiments.profile_gpu --out gpus/h200               all models, minutes
     python -m msq.experiments.profile_gpu --out out --models llama-3.1-8b --quantizers "nuq-3,tcq-3"
 
 Models that are finished already are left alone, and an interrupted one goes on from its journal. The table printed last

@@ -12,7 +12,7 @@ from .schema import MANIFEST_FILE
 
 _SHAPES = Path(__file__).parent / "shapes"
 """A config.json for each model, written from public facts; weights are not part of it."""
-_PROFILES = Path(__file__).parent / "shipped"
+_PROFILES = Path(__file__).parent / "gpus"
 """``GPU/MODEL`` directories as `latency_job` writes them."""
 
 

@@ -51,7 +51,7 @@ def frontier_chart(table: pd.DataFrame, path: Path, title: str) -> None:
     check_chart(path)
     use = next(name for name in _AXES if name in table)
     column, label = _AXES[use]
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(1)
     for series, part in table.groupby("series", sort=False):
         x, y = part[column], part["loss"]
         if series == "frontier":
@@ -69,7 +69,7 @@ def frontier_chart(table: pd.DataFrame, path: Path, title: str) -> None:
     axes.set(xlabel=label, ylabel="predicted loss", yscale="log", title=title)
     axes.grid(visible=True, which="both", linewidth=0.3)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def comparison_chart(rows: Sequence[Comparison], path: Path, title: str) -> None:
@@ -83,7 +83,7 @@ def comparison_chart(rows: Sequence[Comparison], path: Path, title: str) -> None
     """
     check_chart(path)
     problems = list(dict.fromkeys(row.budgets for row in rows))
-    figure, panels = _figure(len(problems))
+    figure, panels = new_figure(len(problems))
     seconds = [row.seconds for row in rows if row.seconds]
     span = (min(seconds, default=0.1) / 2, max(seconds, default=10.0) * 5)
     for budgets, axes in zip(problems, panels, strict=True):
@@ -102,7 +102,7 @@ def comparison_chart(rows: Sequence[Comparison], path: Path, title: str) -> None
         axes.set(xlabel="seconds", ylabel=f"distance to the best {kind}, relative")
         axes.grid(visible=True, which="major", linewidth=0.3)
     figure.suptitle(f"{title} (circles: with a bound, crosses: without)", fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _reference(rows: Sequence[Comparison]) -> tuple[float, str]:
@@ -113,7 +113,7 @@ def _reference(rows: Sequence[Comparison]) -> tuple[float, str]:
     return (max(bounds), "bound") if bounds else (best, "plan")
 
 
-def _figure(panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(panels: int) -> tuple[Figure, list[Axes]]:
     """A figure without any window system, and its panels side by side, three in a row."""
     from matplotlib.figure import Figure
 
@@ -126,7 +126,7 @@ def _figure(panels: int) -> tuple[Figure, list[Axes]]:
     return figure, axes[:panels]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Write whole or not at all; the same data gives the same bytes."""
     import matplotlib as mpl
 

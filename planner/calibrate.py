@@ -1,26 +1,29 @@
-"""Overheads put right by measured runs: what a decoding step took, less what the tables say of its kernels.
+"""Promised latencies put right by measured runs: what a decoding step took, beside what the tables say of its kernels.
 
-`msq benchmark --json` measures the step of a plan as it runs. The difference to the sum of its kernels is the overhead
-of a step on this machine, gaps between launches and overlaps included; over several runs it is the mean, and how far
-the runs then are from their promises tells how well one number does for all plans.
+`msq benchmark --json` measures the step of a plan as it runs. A promise is ``overhead + sum of rows + products *
+product_us``: the rows were measured back to back, in a step a product waits for what is before it. Runs tell both terms
+by least squares of relative errors, and the profile's overhead, where the executor's own step was timed for it, counts
+as a run without products. Where all runs have one number of products, and there is no such overhead, the terms can't be
+told apart and the overhead alone moves.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..profiles.files import read_bytes, validation_sentence
+from ..profiles.schema import STOCK_METHODS, LatencyPart
 from ..profiles.tables import Profile, save_profile
 from .errors import PlanError
 from .plan import BatchSize, Plan
-from .solve import promise
+from .promise import step_latencies
 
 
 class Step(BaseModel):
@@ -93,51 +96,23 @@ def load_run(path: Path) -> Run:
 
 
 def calibrate(profile: Profile, directory: Path, runs: Sequence[Run]) -> tuple[Profile, list[Calibrated]]:
-    """Replace the overheads of a profile by those of measured runs; batch sizes that no run measured keep theirs.
+    """Put the latency part of a profile right, and write it.
 
     Args:
         profile: what is in `directory`, with latencies.
         directory: of the profile; only its manifest changes.
-        runs: of plans for this model, on the profile's device.
+        runs: see `fit`.
 
     Returns:
         The calibrated profile, and every measured step.
 
     Raises:
-        PlanError: a run of another device, context or model, of kernels that were not measured, or in less time than
-            they take by themselves.
+        PlanError: see `fit`.
     """
-    part = profile.manifest.latency
-    if part is None or profile.latency is None:
-        raise PlanError("the profile has no latencies to calibrate; measure them with `msq profile` on the target GPU.")
-    found = [_kernels(profile, number, run, step) for number, run in enumerate(runs) for step in run.steps]
-    overhead = dict(part.overhead_us)
-    for batch in sorted({step.batch_size for _, step, _ in found}):
-        gaps = [step.step_us - kernels for _, step, kernels in found if step.batch_size == batch]
-        overhead[batch] = math.fsum(gaps) / len(gaps)
-        if overhead[batch] < 0:
-            raise PlanError(
-                f"at batch size {batch} a step took {-overhead[batch]:.1f} us less than its kernels do by themselves; "
-                "profile and benchmark are of different kernels: measure the latencies again."
-            )
-    steps = [
-        Calibrated(number, step.batch_size, step.step_us, kernels + part.overhead_us[step.batch_size],
-                   kernels + overhead[step.batch_size])
-        for number, step, kernels in found
-    ]  # fmt: skip
-    contexts = {run.context for run in runs}
-    if len(contexts) > 1:
-        raise PlanError(f"the runs are of different contexts ({sorted(contexts)}); calibrate with runs of one.")
-    changed = part.model_copy(
-        update={
-            "overhead_us": overhead,
-            "overhead_method": f"calibrated by {len(runs)} measured run{'s' if len(runs) > 1 else ''}",
-            "context": contexts.pop(),
-        }
-    )
+    part, steps = fit(profile, runs)
     saved = save_profile(
         directory,
-        profile.manifest.model_copy(update={"latency": changed}),
+        profile.manifest.model_copy(update={"latency": part}),
         profile.layers,
         profile.quantizers,
         errors=profile.errors,
@@ -146,17 +121,88 @@ def calibrate(profile: Profile, directory: Path, runs: Sequence[Run]) -> tuple[P
     return saved, steps
 
 
-def _kernels(profile: Profile, number: int, run: Run, step: Step) -> tuple[int, Step, float]:
-    """The run's number, the step, and µs of its kernels by the tables."""
+def fit(profile: Profile, runs: Sequence[Run]) -> tuple[LatencyPart, list[Calibrated]]:
+    """Overheads and the cost of a product from measured runs, at the batch sizes that these measured.
+
+    Args:
+        profile: with latencies; losses are not needed.
+        runs: of plans for this model, on the profile's device.
+
+    Returns:
+        The profile's latency part with the new terms, and every measured step.
+
+    Raises:
+        PlanError: a run of another device, context or model, of kernels that were not measured, or in less time than
+            they take by themselves.
+    """
+    part = profile.manifest.latency
+    if part is None or profile.latency is None:
+        raise PlanError("the profile has no latencies to calibrate; measure them with `msq profile` on the target GPU.")
+    contexts = {run.context for run in runs}
+    if len(contexts) != 1:
+        raise PlanError(f"the runs are of different contexts ({sorted(contexts)}); calibrate with runs of one.")
+    measured = [_measured(profile, number, run, step) for number, run in enumerate(runs) for step in run.steps]
+    overhead, product = dict(part.overhead_us), dict(part.product_us or dict.fromkeys(part.batch_sizes, 0.0))
+    own_step = part.overhead_method is not None and part.overhead_method not in STOCK_METHODS.values()
+    for batch in sorted({one.batch_size for one in measured}):
+        here = [one for one in measured if one.batch_size == batch]
+        if own_step:
+            here.append(_Measured(-1, batch, 0, 0.0, overhead[batch], overhead[batch]))
+        overhead[batch], product[batch] = _terms(here, product[batch])
+        if overhead[batch] < 0:
+            raise PlanError(
+                f"at batch size {batch} steps took {-overhead[batch]:.1f} us less than their kernels do by themselves; "
+                "profile and benchmark are of different kernels: measure the latencies again."
+            )
+    method = f"calibrated by {len(runs)} measured run{'s' if len(runs) > 1 else ''}"
+    terms = {"overhead_us": overhead, "product_us": product, "overhead_method": method, "context": contexts.pop()}
+    steps = []
+    for one in measured:
+        now = one.rows_us + overhead[one.batch_size] + one.products * product[one.batch_size]
+        steps.append(Calibrated(one.run, one.batch_size, one.step_us, one.promised_us, now))
+    return part.model_copy(update=terms), steps
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A measured step: its products and the sum of their rows, beside what it took and what was promised."""
+
+    run: int
+    batch_size: int
+    products: int
+    rows_us: float
+    step_us: float
+    promised_us: float
+
+
+def _terms(steps: Sequence[_Measured], product_us: float) -> tuple[float, float]:
+    """Overhead and cost of a product, of least squared relative error; `product_us` stands where it can't be told."""
+    weight = np.array([1 / step.step_us for step in steps])
+    products = np.array([step.products for step in steps], dtype=np.float64)
+    beyond = np.array([step.step_us - step.rows_us for step in steps])
+    if len(set(products.tolist())) > 1:
+        terms = np.stack([weight, weight * products], axis=1)
+        overhead, slope = np.linalg.lstsq(terms, weight * beyond)[0].tolist()
+        if slope >= 0:
+            return overhead, slope
+        product_us = 0.0
+    overhead = float(np.average(beyond - products * product_us, weights=weight**2))
+    return overhead, product_us
+
+
+def _measured(profile: Profile, number: int, run: Run, step: Step) -> _Measured:
     device = profile.manifest.device.name
     if run.device != device:
         raise PlanError(f"the run was measured on {run.device}, the profile on {device}; they can't be mixed.")
-    part = profile.manifest.latency
+    part, batch = profile.manifest.latency, step.batch_size
     assert part is not None
-    if step.batch_size not in part.overhead_us:
+    if batch not in part.overhead_us:
         measured = ", ".join(map(str, profile.batch_sizes))
-        raise PlanError(f"a run is of batch size {step.batch_size}; the profile has latencies for {measured}.")
-    total = promise(profile, run.plan.layers).latency_us[step.batch_size]
+        raise PlanError(f"a run is of batch size {batch}; the profile has latencies for {measured}.")
+    total = step_latencies(profile, run.plan.layers)[batch]
     if total is None:
         raise PlanError("a run's plan has kernels that the profile has no latency of; plan with this profile.")
-    return number, step, total - part.overhead_us[step.batch_size]
+    products = len({entry.pattern for entry in run.plan.layers})
+    beyond = 0.0 if part.product_us is None else products * part.product_us[batch]
+    rows = total - part.overhead_us[batch] - beyond
+    return _Measured(number, batch, products, rows, step.step_us, total)

@@ -244,7 +244,7 @@ def _kernels(
     profile: Profile, labels: tuple[str, ...], implementations: Sequence[str] | None, *, fusion: bool
 ) -> pd.DataFrame:
     """Rows of latency.csv that the selection allows; none without latency."""
-    kernels = _NO_KERNELS if profile.latency is None else profile.latency[list(_NO_KERNELS)]
+    kernels = _NO_KERNELS if profile.step_latency is None else profile.step_latency[list(_NO_KERNELS)]
     if implementations is not None:
         known = sorted({*kernels["implementation"], REFERENCE})
         for name in implementations:

@@ -31,7 +31,6 @@ from .plan import (
     Plan,
     PlanBudget,
     PlanModel,
-    PlannedLayer,
     PlanProfile,
     PlanQuantizer,
     Promise,
@@ -39,6 +38,7 @@ from .plan import (
     SolverReport,
 )
 from .problem_builder import BuiltProblem, build_problem
+from .promise import promise
 from .robust import check_quantile, robust_solution, standard_errors
 
 Integers = npt.NDArray[np.int64]
@@ -234,54 +234,6 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "device": plan.profile.device,
         "profile_digest": plan.profile.digest,
     }
-
-
-def promise(profile: Profile, layers: Sequence[PlannedLayer]) -> Promise:
-    """What the profile's tables say about an assignment of all its layers.
-
-    Latency at a batch size is null when any kernel was not measured there.
-
-    Raises:
-        PlanError: the layers are not those of the profile.
-    """
-    position = {name: row for row, name in enumerate(profile.layer_names)}
-    if {entry.layer for entry in layers} != position.keys() or len(layers) != len(position):
-        raise PlanError(f"expected an assignment of the profile's {len(position)} layers; got {len(layers)}.")
-    column = {label: i for i, label in enumerate(profile.labels)}
-    cells = [(position[entry.layer], column[entry.quantizer]) for entry in layers]
-    sensitivity = profile.sensitivities
-    memory = math.fsum(profile.size_matrix[cell] for cell in cells)
-    return Promise(
-        loss=math.fsum(float(sensitivity[cell[0]]) * float(profile.error_matrix[cell]) for cell in cells),
-        memory_bytes=int(memory),
-        bits_per_weight=8 * memory / int(profile.layer_weights.sum()),
-        latency_us=_promised_latency(profile, layers, position),
-    )
-
-
-def _promised_latency(
-    profile: Profile, layers: Sequence[PlannedLayer], position: dict[str, int]
-) -> dict[int, float | None]:
-    if profile.latency is None or profile.manifest.latency is None:
-        return {}
-    keys = ["pattern", "out_features", "in_features", "quantizer", "implementation", "batch_size"]
-    measured = profile.latency.set_index(keys)["latency_us"].to_dict()
-    roles = profile.layers["role"].tolist()
-    rows, width = profile.layers["out_features"].tolist(), profile.layers["in_features"].tolist()
-    kernels = []
-    for entry in layers:
-        if entry.layer != entry.pattern[0]:
-            continue
-        members = [position[name] for name in entry.pattern]
-        shape = (sum(rows[i] for i in members), width[members[0]])
-        kernels.append(("+".join(roles[i] for i in members), *shape, entry.quantizer, entry.implementation))
-    totals: dict[int, float | None] = {}
-    for batch in profile.batch_sizes:
-        times = [measured.get((*kernel, batch)) for kernel in kernels]
-        known = [float(time) for time in times if time is not None]
-        overhead = profile.manifest.latency.overhead_us[batch]
-        totals[batch] = math.fsum([overhead, *known]) if len(known) == len(times) else None
-    return totals
 
 
 def _check_promise(built: BuiltProblem, promised: Promise, loss: float) -> None:

@@ -47,13 +47,13 @@ def combine(loss: Profile, latency: Profile, out: Path, *, sensitivities: Mappin
         raise ProfileError("the two profiles have no quantizer in common; measure latencies of the same palette.")
     rows = rows.assign(quantizer=rows["quantizer"].map(labels))
     errors = _errors(loss, base, layers, sizes_of_all=gaussian)
-    model = loss.manifest.model.model_copy(
-        update={
-            name: getattr(latency.manifest.model, name)
-            for name in ("model_type", "hidden_size", "total_parameters")
-            if getattr(loss.manifest.model, name) is None
-        }
-    )
+    there = latency.manifest.model
+    known = ["model_type", "hidden_size", "total_parameters"]
+    if set(layers["role"]) == set(latency.layers["role"]):  # else what stays as it is differs
+        known.append("unplanned_bytes")
+    model = loss.manifest.model
+    missing = {name: getattr(there, name) for name in known if getattr(model, name) is None}
+    model = model.model_copy(update=missing)
     manifest = loss.manifest.model_copy(
         update={
             "model": model,

@@ -34,9 +34,9 @@ from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_model
-from .overhead import METHOD, StepOverhead, measure_head, measure_overhead, stock_overhead
+from .overhead import StepOverhead, measure_head, measure_overhead, stock_overhead
 from .quantizer_errors import measure_errors
-from .schema import MANIFEST_FILE, LatencyPart, LossMethod, LossPart, ProfileManifest
+from .schema import MANIFEST_FILE, STOCK_METHODS, LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
@@ -187,7 +187,7 @@ def _measure(
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
-    timer, method = timer_for(device), METHOD[device.type] if overhead is None else overhead.method
+    timer, method = timer_for(device), STOCK_METHODS[device.type] if overhead is None else overhead.method
     sensitivities, beside, dtype = _run_model(
         model_dir, layers, windows, settings, overhead, method, device, timer, journal
     )

@@ -29,8 +29,8 @@ from .inventory import ModelInventory, inventory_of_config
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_config
-from .overhead import METHOD, StepOverhead, Zeros, measure_head, measure_overhead, stock_overhead
-from .schema import MANIFEST_FILE, LatencyPart, ProfileManifest
+from .overhead import StepOverhead, Zeros, measure_head, measure_overhead, stock_overhead
+from .schema import MANIFEST_FILE, STOCK_METHODS, LatencyPart, ProfileManifest
 from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
 
@@ -111,7 +111,7 @@ def _measure(
     journal: Journal,
 ) -> Profile:
     layers, timer = info.layers, timer_for(device)
-    method = METHOD[device.type] if overhead is None else overhead.method
+    method = STOCK_METHODS[device.type] if overhead is None else overhead.method
     dtype = _DTYPES[layers[0].dtype] if device.type == "cuda" else torch.float32
     with monitored(device) as monitor:
         latencies = measure_latency(

@@ -22,9 +22,6 @@ from .progress import progress
 from .schema import HEAD
 from .timing import Timer
 
-METHOD = {"cpu": "stock model", "cuda": "stock model in a CUDA graph"}
-"""What a profile calls this way of measuring, by kind of device."""
-
 
 class StepOverhead(Protocol):
     """Another way to measure overheads, such as that of an executor that fuses more than the stock model.

@@ -29,6 +29,9 @@ one after the last."""
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Supported architectures; each block of them holds exactly one layer of every role, and the head follows."""
 
+STOCK_METHODS = {"cpu": "stock model", "cuda": "stock model in a CUDA graph"}
+"""What a profile calls an overhead measured on the stock model, by kind of device; an executor's own is another."""
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1)]
 Scalar = str | int | float | bool | None
@@ -103,7 +106,9 @@ class LatencyPart(_Part):
     Attributes:
         batch_sizes: tokens decoded together.
         overhead_us: microseconds per step outside the planned layers, one for each batch size.
-        overhead_method: how it was found: `overhead.METHOD`, or from measured runs (`planner.calibrate`).
+        product_us: microseconds that each product takes in a step beyond its row in latency.csv, where it ran back to
+            back with others of its kind; from measured runs, none until then.
+        overhead_method: how it was found: `STOCK_METHODS`, or from measured runs (`planner.calibrate`).
         context: tokens in the cache of that step.
         head_us: microseconds of the head in the model's own dtype, where it is a planned layer; added to the overhead
             of a profile without it.
@@ -111,6 +116,7 @@ class LatencyPart(_Part):
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     overhead_us: dict[int, Annotated[float, Field(ge=0)]]
+    product_us: dict[int, Annotated[float, Field(ge=0)]] | None = None
     overhead_method: Name | None = None
     context: int | None = Field(default=None, ge=1)
     head_us: dict[int, Annotated[float, Field(ge=0)]] | None = None
@@ -119,7 +125,8 @@ class LatencyPart(_Part):
     def _same_batches(self) -> LatencyPart:
         if len(set(self.batch_sizes)) != len(self.batch_sizes):
             raise ValueError("batch_sizes names a batch size twice")
-        for name, values in (("overhead_us", self.overhead_us), ("head_us", self.head_us)):
+        for name in ("overhead_us", "product_us", "head_us"):
+            values = getattr(self, name)
             if values is not None and set(values) != set(self.batch_sizes):
                 raise ValueError(
                     f"{name} should have one entry for each of the batch sizes {sorted(self.batch_sizes)}, "

@@ -113,6 +113,15 @@ class Profile:
         return tuple(sorted(self.manifest.latency.batch_sizes)) if self.manifest.latency else ()
 
     @cached_property
+    def step_latency(self) -> pd.DataFrame | None:
+        """`latency` as kernels run within a decoding step: with what the manifest says each product takes beyond it."""
+        part = self.manifest.latency
+        if self.latency is None or part is None or part.product_us is None:
+            return self.latency
+        beyond = self.latency["batch_size"].map(part.product_us)
+        return self.latency.assign(latency_us=self.latency["latency_us"] + beyond)
+
+    @cached_property
     def error_matrix(self) -> FloatArray:
         """(layers, quantizers) normalised error: measured where errors.csv has the pair, else on N(0,1)."""
         gaussian = self.quantizers["gaussian_error"].to_numpy(np.float64)

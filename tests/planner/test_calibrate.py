@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from msq.planner.budget import parse_budgets
-from msq.planner.calibrate import Run, Step, calibrate, load_run
+from msq.planner.calibrate import Run, Step, calibrate, fit, load_run
 from msq.planner.errors import PlanError
+from msq.planner.promise import step_latencies
 from msq.planner.solve import find_plan
 from msq.profiles.tables import load_profile
 
 
 def plans(profile):
-    """Two plans with different kernels."""
-    loose, tight = (parse_budgets([f"memory={bpw}bpw", "latency=10ms"]) for bpw in (4, 3))
-    return find_plan(profile, loose).plan, find_plan(profile, tight).plan
+    """Two plans with different kernels: with fusion, so with fewer products, and without."""
+    budgets = parse_budgets(["memory=4bpw", "latency=10ms"])
+    return find_plan(profile, budgets).plan, find_plan(profile, budgets, fusion=False).plan
+
+
+def products(plan) -> int:
+    return len({entry.pattern for entry in plan.layers})
+
+
+def rows_us(plan, batch: int = 1) -> float:
+    """Sum of a plan's rows by the fixture's profile, whose overheads are 20 and 30 us."""
+    return plan.promised.latency_us[batch] - {1: 20.0, 8: 30.0}[batch]
 
 
 def run(plan, **steps_us) -> Run:
@@ -23,20 +34,46 @@ def run(plan, **steps_us) -> Run:
     return Run(device="test device", context=64, plan=plan, steps=steps)
 
 
-def test_the_overhead_is_the_step_less_its_kernels(profile, tmp_path):
-    first, second = plans(profile)
-    kernels = [plan.promised.latency_us[1] - 20.0 for plan in (first, second)]
-    assert kernels[0] != kernels[1]
-    runs = [run(first, b1=kernels[0] + 31.0), run(second, b1=kernels[1] + 35.0)]
+def test_both_terms_are_told_by_runs_of_different_numbers_of_products(profile, tmp_path):
+    fused, single = plans(profile)
+    assert products(fused) < products(single)
+    runs = [run(plan, b1=rows_us(plan) + 33.0 + 0.7 * products(plan)) for plan in (fused, single)]
     found, steps = calibrate(profile, tmp_path / "profile", runs)
     part = found.manifest.latency
     assert part.overhead_us == {1: pytest.approx(33.0), 8: 30.0}  # batch 8 was not measured
+    assert part.product_us == {1: pytest.approx(0.7), 8: 0.0}
     assert part.overhead_method == "calibrated by 2 measured runs" and part.context == 64
-    assert [step.calibrated_us for step in steps] == [pytest.approx(kernels[0] + 33), pytest.approx(kernels[1] + 33)]
-    assert steps[0].error == pytest.approx(2 / (kernels[0] + 31))
+    assert [step.calibrated_us for step in steps] == [pytest.approx(step.measured_us) for step in steps]
+    assert [step.promised_us for step in steps] == [fused.promised.latency_us[1], single.promised.latency_us[1]]
     again = load_profile(tmp_path / "profile")
     assert again.digest == found.digest != profile.digest
-    assert plans(again)[0].promised.latency_us[1] == pytest.approx(first.promised.latency_us[1] + 13)
+    assert step_latencies(again, single.layers)[1] == pytest.approx(runs[1].steps[0].step_us)
+    # the solver is told the same as the promise says
+    cap = f"latency={step_latencies(again, fused.layers)[1] * 1.000001}us"
+    planned = find_plan(again, parse_budgets(["memory=4bpw", cap])).plan
+    assert planned.promised.loss <= fused.promised.loss * (1 + 1e-9)
+    assert planned.promised.latency_us == step_latencies(again, planned.layers)
+
+
+def test_runs_of_one_number_of_products_move_the_overhead_alone(profile, tmp_path):
+    fused, _ = plans(profile)
+    runs = [run(fused, b1=rows_us(fused) + gap) for gap in (31.0, 35.0)]
+    found, steps = calibrate(profile, tmp_path / "profile", runs)
+    part = found.manifest.latency
+    assert part.overhead_us[1] == pytest.approx(33.0, rel=0.01) and part.product_us == {1: 0.0, 8: 0.0}
+    assert steps[0].error > 0 > steps[1].error
+
+
+def test_an_overhead_of_the_executor_counts_as_a_run_without_products(profile, tmp_path):
+    fused, single = plans(profile)
+    part = profile.manifest.latency.model_copy(update={"overhead_method": "decoding step without products"})
+    own = replace(profile, manifest=profile.manifest.model_copy(update={"latency": part}))
+    found, steps = fit(own, [run(fused, b1=rows_us(fused) + 20.0 + 0.5 * products(fused))])
+    assert found.overhead_us[1] == pytest.approx(20.0) and found.product_us[1] == pytest.approx(0.5)
+    assert steps[0].error == pytest.approx(0.0, abs=1e-9)
+    quicker = rows_us(single) + 20.0 - 0.2 * products(single)
+    found, _ = fit(own, [run(single, b1=quicker)])  # overlaps more than back to back: no term is negative
+    assert found.product_us[1] == 0.0 and 0 < found.overhead_us[1] < 20.0
 
 
 def test_a_benchmark_file_is_read_with_what_else_it_says(profile, tmp_path):
@@ -64,7 +101,7 @@ def test_runs_that_do_not_fit_are_refused(profile, memory_profile, tmp_path):
         calibrate(profile, directory, [run(plan, b1=50.0).model_copy(update={"device": "another"})])
     with pytest.raises(PlanError, match="of batch size 4; the profile has latencies for 1, 8"):
         calibrate(profile, directory, [run(plan, b4=50.0)])
-    with pytest.raises(PlanError, match="less than its kernels do by themselves"):
+    with pytest.raises(PlanError, match="less than their kernels do by themselves"):
         calibrate(profile, directory, [run(plan, b1=0.5)])
     with pytest.raises(PlanError, match="different contexts"):
         calibrate(profile, directory, [run(plan, b1=900.0), run(plan, b1=900.0).model_copy(update={"context": 8})])

@@ -60,6 +60,13 @@ def _unsupported_weight(spec: QuantizerSpec, out_features: int, in_features: int
     return None
 
 
+def fits(weight: PreparedWeight, batch: int) -> bool:
+    """Whether `multiply` takes a layer for so many tokens, on the layer's device."""
+    limits = device_limits(weight.device.index)
+    shape = (weight.out_features, weight.in_features)
+    return batch <= MAX_BATCH and tune(weight.spec, *shape, batch, limits) is not None
+
+
 @cache
 def ready(
     spec: QuantizerSpec,

@@ -12,8 +12,8 @@ it runs, nothing that outlives the call, as graph capture wants it. They are for
 
 `signs` and `matrices` are those of `hadamard.rotation_tables`; a weight is the ``units``, ``scales`` and ``codebook``
 of `layout.prepare` and the three fields of its spec. Results have the dtype of `x`, which may have any leading shape;
-inside, everything is float32. Up to `DECODE_LIMIT` rows `multiply` decodes while it multiplies; for more, the weight is
-written out in the dtype of `x` for cuBLAS.
+inside, everything is float32. Up to `DECODE_LIMIT` rows `multiply` decodes while it multiplies, where a block's shared
+memory is enough for them; else the weight is written out in the dtype of `x` for cuBLAS.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _multiply_cuda(
     weight = PreparedWeight(_spec(codebook, *spec), scales.shape[0], x.shape[-1], tuple(units), scales, codebook)
     if not rows.shape[0]:
         y = rows.new_empty(0, scales.shape[0])
-    elif rows.shape[0] <= DECODE_LIMIT:
+    elif decode.fits(weight, rows.shape[0]):
         y = decode.multiply(_whole(rows), weight, bias, workspace=workspace, programmatic=True)
     else:
         y = F.linear(rows, dequantize.dequantize(weight, x.dtype), bias)

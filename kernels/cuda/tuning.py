@@ -199,15 +199,22 @@ def launch_for(
 @cache
 def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
     """The tuning that should be fastest; None where none fits."""
-    replicas = (1,) if spec.family is Family.INT and spec.bits > _LARGEST_PAIR_TABLE[Family.INT] else (32, 16, 8, 4, 1)
     signs = (True, False) if spec.has_trellis else (True,)
-    for waves in (1, 2, 4, 8):
+    replicas: tuple[int, ...] = (32, 16, 8, 4, 1)
+    if plane_bits(spec, pair_width(max(spec.rates))):
+        replicas = (32,)  # every lane has a copy of its own anyway
+    elif spec.family is Family.INT:
+        replicas = (1,)  # no table
+    shape = (spec, out_features, in_features, batch, limits)
+    for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
+        if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
+            continue  # blocks have one row of tiles already
         best: tuple[float, Tuning] | None = None
-        for copies, signed, splits, rows, groups in itertools.product(
-            replicas, signs, (1, 2, 3, 4, 6, 8), (2, 1), (1, 2, 4)
-        ):
-            tuning = Tuning(rows=rows, row_groups=groups, splits=splits, replicas=copies, signed=signed, waves=waves)
-            division = _divide(spec, out_features, in_features, batch, limits, tuning)
+        for copies, signed, chunks, rows, groups in itertools.product(replicas, signs, splits, (2, 1), (1, 2, 4)):
+            tuning = Tuning(
+                rows=rows, row_groups=groups, splits=chunks, replicas=copies, signed=signed, waves=1 << doublings
+            )
+            division = _divide(*shape, tuning)
             if division is not None:
                 cost = _cycles(spec, batch, division, tuning)
                 if best is None or cost < best[0]:
@@ -237,9 +244,7 @@ _STORE_BYTES = 128
 def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning) -> float:
     """Cycles of the busiest multiprocessor, but for what all tunings have in common."""
     rounds = -(-division.block_tiles // (tuning.rows * tuning.row_groups))
-    # Warps that have less to do leave more of the multiprocessor to the others: half of the imbalance counts.
-    most = rounds * tuning.rows * _most_units(division.units, division.warps, tuning.row_groups)
-    units = 0.5 * (most + division.block_tiles * sum(division.units) / tuning.warps)
+    units = rounds * tuning.rows * _most_units(division.units, division.warps, tuning.row_groups)
     unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas] * (_ONE_ROW if tuning.rows == 1 else 1)
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED

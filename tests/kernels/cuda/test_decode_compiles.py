@@ -42,3 +42,13 @@ def test_dequantize_kernels_compile(label, arch):
     spec = SPECS[label]
     source, _ = dequantize_source(spec, spec.rates[0], torch.float16)
     assert compile_source(source, arch)[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+@pytest.mark.parametrize("shape", [(28672, 4096), (4096, 14336), (152064, 3584), (16, 32)])
+def test_common_layers_fit_every_device(shape, shared_kib):
+    for spec in SPECS.values():
+        for batch in (1, 8, 16):
+            chosen = tune(spec, *shape, batch, Limits(108, shared_kib << 10))
+            assert chosen is not None, (spec.label, batch)
+            assert launch_for(spec, *shape, batch, torch.float16, Limits(108, shared_kib << 10), chosen) is not None

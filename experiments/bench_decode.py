@@ -25,7 +25,13 @@ import torch
 from torch import nn
 
 from ..kernels.specs import QuantizerSpec, default_palette, match_labels
-from ..planner.executor.benchmark import measure_kernels, measure_overhead, measure_step, shared_bytes, weight_bytes
+from ..planner.executor.benchmark import (
+    measure_kernels,
+    measure_step,
+    measure_without_products,
+    shared_bytes,
+    weight_bytes,
+)
 from ..planner.executor.manifest import QuantizationConfig
 from ..planner.executor.random_model import planned_quantization, random_model, uniform_quantization
 from ..planner.plan import Plan, load_plan
@@ -182,7 +188,7 @@ def measure(name: str, config: Any, arguments: argparse.Namespace, device: torch
         quantization = uniform_quantization(config, spec, head=head)
     model = random_model(config, quantization, device, fused=not name.endswith(_SINGLE))
     if name == NO_OP:
-        for batch, step_us in measure_overhead(model, batches, arguments.context).items():
+        for batch, step_us in measure_without_products(model, batches, arguments.context).items():
             yield _row(name, batch, arguments.context, step_us, 0.0)
         return
     yield from model_rows(name, model, batches, arguments.context, plan, quantization)

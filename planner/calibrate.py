@@ -2,16 +2,17 @@
 
 `msq benchmark --json` measures the step of a plan as it runs. A promise is ``overhead + sum of rows + products *
 product_us``: the rows were measured back to back, in a step a product waits for what is before it. Runs tell both terms
-by least squares of relative errors, and the profile's overhead, where the executor's own step was timed for it, counts
-as a run without products. Where all runs have one number of products, and there is no such overhead, the terms can't be
-told apart and the overhead alone moves.
+by least squares of relative errors, and the profile's measured overhead, where the executor's own step was timed for
+it, counts as a run without products. Where all runs have one number of products, and there is no such overhead, the
+terms can't be told apart: products then cost their rows. The terms stand beside the measured overhead and every fit
+starts from that, so the same runs give the same terms however often.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..profiles.files import read_bytes, validation_sentence
-from ..profiles.schema import STOCK_METHODS, LatencyPart
+from ..profiles.schema import STOCK_METHODS, CalibratedStep, LatencyPart
+from ..profiles.shipped import is_shipped, resolve_profile
 from ..profiles.tables import Profile, save_profile
 from .errors import PlanError
 from .plan import BatchSize, Plan
@@ -107,8 +109,13 @@ def calibrate(profile: Profile, directory: Path, runs: Sequence[Run]) -> tuple[P
         The calibrated profile, and every measured step.
 
     Raises:
-        PlanError: see `fit`.
+        PlanError: `directory` ships with msq, or see `fit`.
     """
+    if is_shipped(directory):
+        raise PlanError(
+            f"the profile {directory} ships with msq and is not written to; copy {resolve_profile(directory)} and "
+            "calibrate the copy."
+        )
     part, steps = fit(profile, runs)
     saved = save_profile(
         directory,
@@ -122,7 +129,7 @@ def calibrate(profile: Profile, directory: Path, runs: Sequence[Run]) -> tuple[P
 
 
 def fit(profile: Profile, runs: Sequence[Run]) -> tuple[LatencyPart, list[Calibrated]]:
-    """Overheads and the cost of a product from measured runs, at the batch sizes that these measured.
+    """Overheads and the cost of a product from measured runs, at the batch sizes that these measured; others stay.
 
     Args:
         profile: with latencies; losses are not needed.
@@ -132,8 +139,8 @@ def fit(profile: Profile, runs: Sequence[Run]) -> tuple[LatencyPart, list[Calibr
         The profile's latency part with the new terms, and every measured step.
 
     Raises:
-        PlanError: a run of another device, context or model, of kernels that were not measured, or in less time than
-            they take by themselves.
+        PlanError: a run of another device, context or model (weights may differ, times don't depend on them), of
+            kernels that were not measured, or in less time than they take by themselves.
     """
     part = profile.manifest.latency
     if part is None or profile.latency is None:
@@ -141,26 +148,35 @@ def fit(profile: Profile, runs: Sequence[Run]) -> tuple[LatencyPart, list[Calibr
     contexts = {run.context for run in runs}
     if len(contexts) != 1:
         raise PlanError(f"the runs are of different contexts ({sorted(contexts)}); calibrate with runs of one.")
-    measured = [_measured(profile, number, run, step) for number, run in enumerate(runs) for step in run.steps]
-    overhead, product = dict(part.overhead_us), dict(part.product_us or dict.fromkeys(part.batch_sizes, 0.0))
+    for run in runs:
+        _check_run(profile, part, run)
+    manifest = profile.manifest.model_copy(update={"latency": part.model_copy(update={"calibrated": None})})
+    bare = replace(profile, manifest=manifest)  # rows come from it, to the last bit whatever was calibrated before
+    measured = [
+        _measured(profile, bare, part, number, run, step) for number, run in enumerate(runs) for step in run.steps
+    ]
     own_step = part.overhead_method is not None and part.overhead_method not in STOCK_METHODS.values()
+    calibrated = dict(part.calibrated or {})
     for batch in sorted({one.batch_size for one in measured}):
         here = [one for one in measured if one.batch_size == batch]
+        number = len({one.run for one in here})
         if own_step:
-            here.append(_Measured(-1, batch, 0, 0.0, overhead[batch], overhead[batch]))
-        overhead[batch], product[batch] = _terms(here, product[batch])
-        if overhead[batch] < 0:
+            here.append(_Measured(-1, batch, 0, 0.0, part.overhead_us[batch], part.overhead_us[batch]))
+        overhead, product = _terms(here)
+        if overhead < 0:
             raise PlanError(
-                f"at batch size {batch} steps took {-overhead[batch]:.1f} us less than their kernels do by themselves; "
+                f"at batch size {batch} steps took {-overhead:.1f} us less than their kernels do by themselves; "
                 "profile and benchmark are of different kernels: measure the latencies again."
             )
-    method = f"calibrated by {len(runs)} measured run{'s' if len(runs) > 1 else ''}"
-    terms = {"overhead_us": overhead, "product_us": product, "overhead_method": method, "context": contexts.pop()}
+        calibrated[batch] = CalibratedStep(
+            overhead_us=overhead, product_us=product, runs=number, context=next(iter(contexts))
+        )
     steps = []
     for one in measured:
-        now = one.rows_us + overhead[one.batch_size] + one.products * product[one.batch_size]
+        terms = calibrated[one.batch_size]
+        now = one.rows_us + terms.overhead_us + one.products * terms.product_us
         steps.append(Calibrated(one.run, one.batch_size, one.step_us, one.promised_us, now))
-    return part.model_copy(update=terms), steps
+    return part.model_copy(update={"calibrated": dict(sorted(calibrated.items()))}), steps
 
 
 @dataclass(frozen=True)
@@ -175,8 +191,8 @@ class _Measured:
     promised_us: float
 
 
-def _terms(steps: Sequence[_Measured], product_us: float) -> tuple[float, float]:
-    """Overhead and cost of a product, of least squared relative error; `product_us` stands where it can't be told."""
+def _terms(steps: Sequence[_Measured]) -> tuple[float, float]:
+    """Overhead and cost of a product, of least squared relative error; no cost where it can't be told."""
     weight = np.array([1 / step.step_us for step in steps])
     products = np.array([step.products for step in steps], dtype=np.float64)
     beyond = np.array([step.step_us - step.rows_us for step in steps])
@@ -185,24 +201,34 @@ def _terms(steps: Sequence[_Measured], product_us: float) -> tuple[float, float]
         overhead, slope = np.linalg.lstsq(terms, weight * beyond)[0].tolist()
         if slope >= 0:
             return overhead, slope
-        product_us = 0.0
-    overhead = float(np.average(beyond - products * product_us, weights=weight**2))
-    return overhead, product_us
+    return float(np.average(beyond, weights=weight**2)), 0.0
 
 
-def _measured(profile: Profile, number: int, run: Run, step: Step) -> _Measured:
-    device = profile.manifest.device.name
+def _check_run(profile: Profile, part: LatencyPart, run: Run) -> None:
+    """Refuses a run of anything else than the profile's device, model and context."""
+    device, model = profile.manifest.device.name, profile.manifest.model
     if run.device != device:
         raise PlanError(f"the run was measured on {run.device}, the profile on {device}; they can't be mixed.")
-    part, batch = profile.manifest.latency, step.batch_size
-    assert part is not None
+    ran = run.plan.model
+    if (ran.name, ran.architecture, ran.blocks) != (model.name, model.architecture, model.blocks):
+        raise PlanError(
+            f"the run is of {ran.name} ({ran.architecture}, {ran.blocks} blocks), the profile of {model.name} "
+            f"({model.architecture}, {model.blocks} blocks); calibrate with runs of the profile's model."
+        )
+    if part.context is not None and run.context != part.context:
+        raise PlanError(
+            f"the run has {run.context} tokens in the cache, the profile's step {part.context}; run `msq benchmark` "
+            f"with --context {part.context}."
+        )
+
+
+def _measured(profile: Profile, bare: Profile, part: LatencyPart, number: int, run: Run, step: Step) -> _Measured:
+    batch = step.batch_size
     if batch not in part.overhead_us:
         measured = ", ".join(map(str, profile.batch_sizes))
         raise PlanError(f"a run is of batch size {batch}; the profile has latencies for {measured}.")
-    total = step_latencies(profile, run.plan.layers)[batch]
-    if total is None:
+    promised, total = (step_latencies(which, run.plan.layers)[batch] for which in (profile, bare))
+    if promised is None or total is None:
         raise PlanError("a run's plan has kernels that the profile has no latency of; plan with this profile.")
     products = len({entry.pattern for entry in run.plan.layers})
-    beyond = 0.0 if part.product_us is None else products * part.product_us[batch]
-    rows = total - part.overhead_us[batch] - beyond
-    return _Measured(number, batch, products, rows, step.step_us, total)
+    return _Measured(number, batch, products, total - part.overhead_us[batch], step.step_us, promised)

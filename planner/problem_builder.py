@@ -152,7 +152,7 @@ def build_problem(
     use |= {f"latency@{batch}": row for batch, row in zip(batches, column["latency"], strict=True)}
     overhead = {"memory": 0.0}
     if profile.manifest.latency is not None:
-        overhead |= {f"latency@{batch}": us for batch, us in profile.manifest.latency.overhead_us.items()}
+        overhead |= {f"latency@{batch}": us for batch, us in profile.manifest.latency.step_overhead_us.items()}
     bits = profile.quantizers["bits_per_weight"].to_numpy(np.float64)[chosen]
     problem = Problem(
         group=column["group"].astype(np.int32),

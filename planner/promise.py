@@ -63,6 +63,6 @@ def step_latencies(profile: Profile, layers: Sequence[PlannedLayer]) -> dict[int
     for batch in profile.batch_sizes:
         times = [measured.get((*kernel, batch)) for kernel in kernels]
         known = [float(time) for time in times if time is not None]
-        overhead = profile.manifest.latency.overhead_us[batch]
+        overhead = profile.manifest.latency.step_overhead_us[batch]
         totals[batch] = math.fsum([overhead, *known]) if len(known) == len(times) else None
     return totals

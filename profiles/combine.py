@@ -112,7 +112,13 @@ def _with_plain_head(part: LatencyPart) -> LatencyPart:
             "measured; give a sensitivity for lm_head, or measure latencies again."
         )
     overhead = {batch: us + part.head_us[batch] for batch, us in part.overhead_us.items()}
-    return part.model_copy(update={"overhead_us": overhead, "head_us": None})
+    calibrated = None
+    if part.calibrated is not None:
+        calibrated = {
+            batch: step.model_copy(update={"overhead_us": step.overhead_us + part.head_us[batch]})
+            for batch, step in part.calibrated.items()
+        }
+    return part.model_copy(update={"overhead_us": overhead, "head_us": None, "calibrated": calibrated})
 
 
 def _matching_labels(latency: Profile, base: Profile) -> dict[str, str]:

@@ -30,6 +30,13 @@ def describe_device(device: torch.device, **details: float | str) -> DevicePart:
     return DevicePart(name=_processor_name(), kind="cpu", details=facts | details)
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on, where the system tells (Linux); else those of the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def driver_version() -> str:
     """Version of the NVIDIA driver as `nvidia-smi` tells it; "unknown" where it doesn't."""
     if shutil.which("nvidia-smi") is None:

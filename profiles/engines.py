@@ -23,16 +23,18 @@ from typing import Any
 
 import torch
 
+from .device import usable_cores
 from .errors import ProfileError
 from .jobs import Job, JobList
 from .models import choose_device
 from .progress import progress
 from .quantize_jobs import QuantizeTask, work
+from .worker_failure import WorkerFailure
 
 ENGINES = ("local", "ray")
 _POLL_SECONDS = 0.2
 _STRIKES = 3
-"""A worker that dies so often without a result in between is not started again."""
+"""Deaths for each worker of a crew, counted over all of them, without a result in between before it is given up."""
 _WORTH_PROCESSES = 1 << 24
 """Weights to encode below which a CPU's other cores are not worth the seconds that a process takes to start."""
 
@@ -107,7 +109,7 @@ class _End:
 
     worker: int
     killed: bool = False
-    cause: BaseException | None = None
+    failure: WorkerFailure | None = None
 
 
 class _Crew(ABC):
@@ -145,8 +147,8 @@ def _watch(crew: _Crew, jobs: JobList) -> Iterator[set[int]]:
         if len(done) > before:
             strikes = 0
         for end in ends:
-            if end.cause is not None:
-                raise end.cause
+            if end.failure is not None:
+                raise end.failure.error()
             running.discard(end.worker)
             if end.killed and len(done) < len(jobs.jobs):
                 strikes += 1
@@ -163,13 +165,17 @@ def _watch(crew: _Crew, jobs: JobList) -> Iterator[set[int]]:
             crew.start(0)
 
 
-def run_worker(task: QuantizeTask, jobs: JobList, device: str, worker: int, workers: int) -> None:
-    """What a worker does: every job that is left and free, beginning at its share of the list."""
+def run_worker(task: QuantizeTask, jobs: JobList, device: str, worker: int, workers: int) -> WorkerFailure | None:
+    """What a worker does: every job that is left and free, beginning at its share of the list; what went wrong."""
     parent = multiprocessing.parent_process()
     first = len(jobs.jobs) * worker // workers
-    for _ in work(task, jobs, choose_device(device), first=first, wait=False):
-        if parent is not None and not parent.is_alive():
-            return
+    try:
+        for _ in work(task, jobs, choose_device(device), first=first, wait=False):
+            if parent is not None and not parent.is_alive():
+                break
+    except Exception as cause:  # whatever it is, the user is told
+        return WorkerFailure.of(cause)
+    return None
 
 
 class _Processes(_Crew):
@@ -200,11 +206,11 @@ class _Processes(_Crew):
                 process.join()
                 with pipe:
                     try:
-                        cause = pipe.recv()
+                        failure = pipe.recv()
                     except EOFError:  # it had nothing to say
-                        cause = None
+                        failure = None
                 del self._running[worker]
-                ends.append(_End(worker, killed=cause is None and process.exitcode != 0, cause=cause))
+                ends.append(_End(worker, killed=failure is None and process.exitcode != 0, failure=failure))
         return ends
 
     def close(self) -> None:
@@ -217,10 +223,9 @@ class _Processes(_Crew):
 
 def _worker_process(pipe: Connection, *arguments: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted terminal interrupts the parent, which stops us
-    try:
-        run_worker(*arguments)
-    except Exception as cause:
-        pipe.send(cause)
+    failure = run_worker(*arguments)
+    if failure is not None:
+        pipe.send(failure)
 
 
 class _RayTasks(_Crew):
@@ -260,10 +265,9 @@ class _RayTasks(_Crew):
         for task in found:
             worker = self._running.pop(task)
             try:
-                self._ray.get(task)
-                ends.append(_End(worker))
-            except errors.RayTaskError as failure:
-                ends.append(_End(worker, cause=failure.cause))
+                ends.append(_End(worker, failure=self._ray.get(task)))
+            except errors.RayTaskError as error:  # before or after what `run_worker` catches
+                ends.append(_End(worker, failure=WorkerFailure.of(getattr(error, "cause", None) or error)))
             except errors.RayError:  # its process, node or memory is gone
                 ends.append(_End(worker, killed=True))
         return ends
@@ -285,6 +289,6 @@ def _crew(task: QuantizeTask, jobs: JobList, device: str, engine: Engine) -> _Cr
         workers = torch.cuda.device_count()
     elif workers is None:
         weights = sum(job.layer.out_features * job.layer.in_features for job in jobs.jobs)
-        workers = (os.cpu_count() or 1) if device == "cpu" and weights >= _WORTH_PROCESSES else 1
+        workers = usable_cores() if device == "cpu" and weights >= _WORTH_PROCESSES else 1
     workers = min(workers, len(jobs.jobs))
     return None if workers == 1 else _Processes(task, jobs, device, workers)

@@ -34,7 +34,7 @@ from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_model
-from .overhead import StepOverhead, measure_head, measure_overhead, stock_overhead
+from .overhead import StepOverhead, journaled_overhead, measure_head, stock_overhead
 from .quantizer_errors import measure_errors
 from .schema import MANIFEST_FILE, STOCK_METHODS, LatencyPart, LossMethod, LossPart, ProfileManifest
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
@@ -274,7 +274,7 @@ def _run_model(
             return stock_overhead(model, layers, settings.context, timer, batch_sizes)
         return overhead(model_dir, layers, batch_sizes, settings.context, device)
 
-    beside = measure_overhead(step_us, method, batch_sizes=settings.batch_sizes, journal=journal)
+    beside = journaled_overhead(step_us, method, batch_sizes=settings.batch_sizes, journal=journal)
     return sensitivities, beside, next(model.parameters()).dtype
 
 

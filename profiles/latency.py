@@ -14,7 +14,6 @@ taken again, and marked if it is held back still.
 from __future__ import annotations
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -27,6 +26,7 @@ from torch import Tensor
 from ..kernels.linear import IMPLEMENTATIONS
 from ..kernels.quantize import QuantizedWeight, from_tensors, tensor_shapes
 from ..kernels.specs import TILE, Family, QuantizerSpec
+from .device import usable_cores
 from .gpu_monitor import GpuMonitor
 from .inventory import LayerInfo
 from .journal import Journal
@@ -223,7 +223,7 @@ class _GraphTimes:
         cases = [(p.spec, p.out_features, p.in_features, p.batch_size) for p in mine]
         sources, words = decode_sources(cases, torch.float16, device_limits(index))
         with progress("compiling kernels", len(sources)) as advance:
-            compile_all(sources, device_arch(device), min(os.cpu_count() or 1, len(sources)), advance)
+            compile_all(sources, device_arch(device), min(usable_cores(), len(sources)), advance)
         largest = max(p.spec.size_bytes(p.out_features, p.in_features) for p in mine)
         self._pool = Pool(device, max(_POOL_BYTES, largest + largest // 8))
         self._workspace = new_workspace(words, device)

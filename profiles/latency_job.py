@@ -29,7 +29,7 @@ from .inventory import ModelInventory, inventory_of_config
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_config
-from .overhead import StepOverhead, Zeros, measure_head, measure_overhead, stock_overhead
+from .overhead import StepOverhead, Zeros, journaled_overhead, measure_head, stock_overhead
 from .schema import MANIFEST_FILE, STOCK_METHODS, LatencyPart, ProfileManifest
 from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
@@ -124,7 +124,7 @@ def _measure(
             journal=journal,
             monitor=monitor,
         )
-        beside = measure_overhead(
+        beside = journaled_overhead(
             partial(_overhead, config, info, settings, overhead, device, dtype, timer),
             method,
             batch_sizes=settings.batch_sizes,
@@ -172,10 +172,12 @@ def _overhead(
 ) -> Mapping[int, float]:
     if overhead is not None:
         return overhead(config, info.layers, batch_sizes, settings.context, device)
-    return stock_overhead(skeleton(config, info, device, dtype), info.layers, settings.context, timer, batch_sizes)
+    return stock_overhead(
+        model_with_zeros(config, info, device, dtype), info.layers, settings.context, timer, batch_sizes
+    )
 
 
-def skeleton(config: Path, info: ModelInventory, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def model_with_zeros(config: Path, info: ModelInventory, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The stock model of a config with zeros for its planned layers; what else it has is random.
 
     Raises:

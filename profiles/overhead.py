@@ -48,14 +48,14 @@ class StepOverhead(Protocol):
         """
 
 
-def measure_overhead(
+def journaled_overhead(
     step_us: Callable[[Sequence[int]], Mapping[int, float]],
     method: str,
     *,
     batch_sizes: Sequence[int],
     journal: Journal,
 ) -> dict[int, float]:
-    """µs of a decoding step beside the planned layers, by batch size.
+    """µs of a decoding step beside the planned layers, by batch size, measured where the journal has none.
 
     Args:
         step_us: measures some batch sizes; not called for those that are in the journal.

@@ -100,39 +100,71 @@ class LossPart(_Part):
     quantizer: Name | None = None
 
 
+class CalibratedStep(_Part):
+    """What a decoding step costs beside the rows of latency.csv, fitted to runs of plans (`planner.calibrate`).
+
+    Attributes:
+        overhead_us: microseconds per step outside the planned layers.
+        product_us: microseconds that each product takes beyond its row, which was measured back to back with others.
+        runs: how many runs were fitted.
+        context: tokens in the cache of these runs.
+    """
+
+    overhead_us: float = Field(ge=0)
+    product_us: float = Field(ge=0)
+    runs: int = Field(ge=1)
+    context: int = Field(ge=1)
+
+
 class LatencyPart(_Part):
     """Batch sizes that latency.csv covers, and what a decoding step costs beside the planned layers.
 
     Attributes:
         batch_sizes: tokens decoded together.
-        overhead_us: microseconds per step outside the planned layers, one for each batch size.
-        product_us: microseconds that each product takes in a step beyond its row in latency.csv, where it ran back to
-            back with others of its kind; from measured runs, none until then.
-        overhead_method: how it was found: `STOCK_METHODS`, or from measured runs (`planner.calibrate`).
+        overhead_us: microseconds per step outside the planned layers as measured, one for each batch size.
+        overhead_method: how it was measured: `STOCK_METHODS`, or an executor's own.
         context: tokens in the cache of that step.
         head_us: microseconds of the head in the model's own dtype, where it is a planned layer; added to the overhead
             of a profile without it.
+        calibrated: what stands in for the measured overhead, for batch sizes at which plans have run.
     """
 
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     overhead_us: dict[int, Annotated[float, Field(ge=0)]]
-    product_us: dict[int, Annotated[float, Field(ge=0)]] | None = None
     overhead_method: Name | None = None
     context: int | None = Field(default=None, ge=1)
     head_us: dict[int, Annotated[float, Field(ge=0)]] | None = None
+    calibrated: dict[int, CalibratedStep] | None = None
 
     @model_validator(mode="after")
     def _same_batches(self) -> LatencyPart:
         if len(set(self.batch_sizes)) != len(self.batch_sizes):
             raise ValueError("batch_sizes names a batch size twice")
-        for name in ("overhead_us", "product_us", "head_us"):
+        for name in ("overhead_us", "head_us"):
             values = getattr(self, name)
             if values is not None and set(values) != set(self.batch_sizes):
                 raise ValueError(
                     f"{name} should have one entry for each of the batch sizes {sorted(self.batch_sizes)}, "
                     f"it has {sorted(values)}"
                 )
+        unknown = set(self.calibrated or ()) - set(self.batch_sizes)
+        if unknown:
+            raise ValueError(
+                f"calibrated should have batch sizes among {sorted(self.batch_sizes)}, it has {sorted(unknown)}"
+            )
         return self
+
+    @property
+    def step_overhead_us(self) -> dict[int, float]:
+        """µs per step outside the planned layers by batch size: calibrated where it is, else as measured."""
+        return self.overhead_us | {batch: step.overhead_us for batch, step in (self.calibrated or {}).items()}
+
+    @property
+    def step_product_us(self) -> dict[int, float]:
+        """µs of each product in a step beyond its row, by batch size; 0 where nothing is calibrated."""
+        return dict.fromkeys(self.batch_sizes, 0.0) | {
+            batch: step.product_us for batch, step in (self.calibrated or {}).items()
+        }
 
 
 class ProfileManifest(_Part):
@@ -152,7 +184,9 @@ class ProfileManifest(_Part):
 
 
 _MANIFEST_FIELDS = tuple(
-    name for part in (ProfileManifest, ModelPart, DevicePart, LossPart, LatencyPart) for name in part.model_fields
+    name
+    for part in (ProfileManifest, ModelPart, DevicePart, LossPart, LatencyPart, CalibratedStep)
+    for name in part.model_fields
 )
 
 

@@ -57,6 +57,11 @@ def resolve_profile(name: str | Path) -> Path:
     return local
 
 
+def is_shipped(path: str | Path) -> bool:
+    """Whether a profile's name or directory is one that ships with msq, so is not to be written to."""
+    return resolve_profile(path).resolve().is_relative_to(_PROFILES.resolve())
+
+
 def _hint(name: str, known: Sequence[str], what: str) -> str:
     close = difflib.get_close_matches(name.casefold(), known, n=3)
     return f"did you mean {', '.join(close)}?" if close else f"{what} that ship with msq: {', '.join(known) or 'none'}"

@@ -116,9 +116,9 @@ class Profile:
     def step_latency(self) -> pd.DataFrame | None:
         """`latency` as kernels run within a decoding step: with what the manifest says each product takes beyond it."""
         part = self.manifest.latency
-        if self.latency is None or part is None or part.product_us is None:
+        if self.latency is None or part is None or not part.calibrated:
             return self.latency
-        beyond = self.latency["batch_size"].map(part.product_us)
+        beyond = self.latency["batch_size"].map(part.step_product_us)
         return self.latency.assign(latency_us=self.latency["latency_us"] + beyond)
 
     @cached_property

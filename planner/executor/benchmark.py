@@ -151,7 +151,7 @@ def shared_bytes(model: nn.Module) -> int:
     return sum(cast(QuantizedLinear, whole.linear).spec.table_bytes * (len(whole.rows) - 1) for whole in wholes)
 
 
-def measure_overhead(model: nn.Module, batch_sizes: Sequence[int], context: int) -> dict[int, float]:
+def measure_without_products(model: nn.Module, batch_sizes: Sequence[int], context: int) -> dict[int, float]:
     """µs of a decoding step beside the products of the quantized layers, by batch size; their rotations are in it."""
     with without_products(model):
         return {batch: measure_step(model, batch, context).step_us for batch in batch_sizes}

@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from ...kernels.errors import QuantizerError
 from ...kernels.quantize import QuantizedWeight, from_tensors
 from ...profiles.models import choose_device, load_config
+from ...profiles.schema import HEAD
 from .errors import CheckpointError
 from .install import REFERENCE, choose_places, install
 from .manifest import QuantizationConfig, parse_quantization_config, read_manifest
-
-HEAD = "lm_head"
-"""The path of the layer that makes logits."""
 
 
 def load_checkpoint(

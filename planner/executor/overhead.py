@@ -14,7 +14,7 @@ from ...kernels.specs import Family, QuantizerSpec
 from ...profiles.inventory import LayerInfo
 from ...profiles.models import load_config
 from ...profiles.schema import HEAD
-from .benchmark import measure_overhead
+from .benchmark import measure_without_products
 from .random_model import random_model, uniform_quantization
 
 _SPEC = QuantizerSpec(Family.NUQ, 2)
@@ -45,4 +45,4 @@ class ExecutorOverhead:
         settings = load_config(config)
         quantization = uniform_quantization(settings, _SPEC, head=head)
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        return measure_overhead(random_model(settings, quantization, device, dtype=dtype), batch_sizes, context)
+        return measure_without_products(random_model(settings, quantization, device, dtype=dtype), batch_sizes, context)

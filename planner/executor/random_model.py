@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ...kernels.codebooks import codebook
 from ...kernels.quantize import QuantizedWeight, packed_names, tensor_shapes
 from ...kernels.specs import Family, QuantizerSpec
-from ...profiles.schema import ROLES
+from ...profiles.schema import HEAD, ROLES
 from ..plan import Plan, PlannedLayer, PlanQuantizer
 from .errors import CheckpointError
 from .install import choose_places, install
-from .load import HEAD, fresh_buffers
+from .load import fresh_buffers
 from .manifest import QuantizationConfig, QuantizedLayer
 
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
@@ -33,7 +33,7 @@ def linear_layers(model: nn.Module, *, head: bool) -> list[str]:
     return [*blocks, *([HEAD] if head else [])]
 
 
-def skeleton(config: Any) -> nn.Module:
+def model_without_weights(config: Any) -> nn.Module:
     """The stock model of a transformers config, without weights."""
     from transformers import AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def uniform_quantization(
         head: of the output layer; None leaves it as it is.
         fused: whether layers of one input run as one kernel.
     """
-    model = skeleton(config)
+    model = model_without_weights(config)
     planned = []
     for name in linear_layers(model, head=head is not None):
         parent, _, role = name.rpartition(".")
@@ -70,7 +70,7 @@ def planned_quantization(config: Any, plan: Plan) -> QuantizationConfig:
     Raises:
         CheckpointError: the plan has a layer that the config's model lacks.
     """
-    return _described(skeleton(config), plan.layers, plan.quantizers)
+    return _described(model_without_weights(config), plan.layers, plan.quantizers)
 
 
 def _described(model: nn.Module, planned: Any, quantizers: dict[str, PlanQuantizer]) -> QuantizationConfig:
@@ -130,7 +130,7 @@ def random_model(
     """
     if quantization is not None and HEAD in quantization.layers:
         config.tie_word_embeddings = False
-    model = skeleton(config)
+    model = model_without_weights(config)
     generator = torch.Generator(device).manual_seed(seed)
     if quantization is not None:
         weights, biases = {}, dict[str, Tensor | None]()

@@ -153,7 +153,7 @@ def stored_tensors(path: Path) -> list[TensorSlot]:
 
 
 def stored_pieces(path: Path, tensor: TensorSlot) -> Iterator[Tensor]:
-    """A stored tensor in pieces of a few megabytes (or a row), cut along its first dimension.
+    """A stored tensor in pieces of `_PIECE_BYTES` at most (or a row), cut along its first dimension.
 
     Raises:
         CheckpointError: it holds NaN or infinite numbers.

@@ -6,9 +6,9 @@ import pytest
 import torch
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.executor.benchmark import (
-    measure_overhead,
     measure_prompt,
     measure_step,
+    measure_without_products,
     weight_bytes,
     without_products,
 )
@@ -57,7 +57,7 @@ def test_steps_are_timed_with_and_without_products():
     timed = measure_step(model, 2, 5)
     assert timed.tokens_per_second == pytest.approx(2e6 / timed.step_us) and timed.step_us > 0
     assert measure_prompt(model, 2, 5) > 0
-    assert set(measure_overhead(model, [1, 2], 5)) == {1, 2}
+    assert set(measure_without_products(model, [1, 2], 5)) == {1, 2}
     decoder = Decoder(model, batch_size=1, capacity=8)
     decoder.start([[1, 2]])
     before = decoder.advance().clone(), decoder.logits.clone()

@@ -9,7 +9,7 @@ from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.install import Place, choose_places, install, installed_layers
 from msq.planner.executor.load import quantized_weights
-from msq.planner.executor.random_model import random_model, random_weight, skeleton, uniform_quantization
+from msq.planner.executor.random_model import model_without_weights, random_model, random_weight, uniform_quantization
 
 from .conftest import make_config
 
@@ -70,7 +70,7 @@ def test_what_can_not_run_says_so(quantization):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_was_installed_can_be_taken_out_again(implementation):
     config = make_config("llama")
-    model, generator = skeleton(config), torch.Generator().manual_seed(0)
+    model, generator = model_without_weights(config), torch.Generator().manual_seed(0)
     names = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj")]
     weights = {name: random_weight(NUQ, rows, 64, generator) for name, rows in zip(names, (64, 32, 64), strict=True)}
     biases = {names[0]: torch.randn(64), names[1]: torch.randn(32), names[2]: None}

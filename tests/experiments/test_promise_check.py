@@ -118,7 +118,7 @@ def test_slow_steps_break_a_promise_and_correct_the_overhead(checker, tmp_path):
         f"a step at batch 1 was promised in {plan.promised.latency_us[1]:.1f} us and takes {taken[1]:.1f}",
     )
     corrected = checker.corrected(plan, tmp_path / "checkpoint", report, tmp_path / "corrected").profile
-    assert corrected.manifest.latency.overhead_us[1] == pytest.approx(taken[1] - 100 * kernels)
+    assert corrected.manifest.latency.step_overhead_us[1] == pytest.approx(taken[1] - 100 * kernels)
     assert (corrected.sensitivities == profile.sensitivities).all()
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import subprocess
 import sys
 
 import pytest
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.profiles import engines as engines_module
+from msq.profiles.device import usable_cores
 from msq.profiles.engines import Engine, run_jobs
 from msq.profiles.errors import ProfileError
 from msq.profiles.inventory import inventory
@@ -73,6 +76,43 @@ def test_an_error_in_a_worker_process_is_told_as_it_is(task, jobs, tmp_path):
     for workers in (1, 2):
         with pytest.raises(ProfileError, match=r"can't read the Hessian of model\.layers"):
             list(run_jobs(broken, jobs, device="cpu", engine=Engine(workers=workers), what="test"))
+
+
+STRANGE = """
+from msq.profiles.quantize_jobs import QuantizeTask
+
+class StrangeError(Exception):
+    def __init__(self, code, *, table):  # pickles, can't be unpickled
+        super().__init__(f"code {code} of {table}")
+        self.table = open(__file__)  # can't even be pickled
+
+class StrangeTask(QuantizeTask):
+    @property
+    def seed(self):
+        raise StrangeError(17, table="values")
+
+    @seed.setter
+    def seed(self, value):
+        pass
+"""
+
+
+def test_an_exception_that_cannot_be_pickled_is_told_by_type_and_text(task, jobs, tmp_path, monkeypatch):
+    (tmp_path / "strange.py").write_text(STRANGE)
+    monkeypatch.syspath_prepend(tmp_path)  # of the workers too
+    strange = importlib.import_module("strange").StrangeTask.__new__(sys.modules["strange"].StrangeTask)
+    strange.__dict__.update(model_dir=task.model_dir, hessians=tmp_path, keep_weights=False)
+    with pytest.raises(ProfileError, match="a worker failed with StrangeError: code 17 of values") as found:
+        list(run_jobs(strange, jobs, device="cpu", engine=Engine(workers=2), what="test"))
+    assert "strange.py" in found.value.__notes__[0]
+
+
+def test_cores_are_those_of_this_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert usable_cores() == 1
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cores() == 64
 
 
 def test_workers_that_are_killed_again_and_again_are_given_up(task, jobs, monkeypatch):

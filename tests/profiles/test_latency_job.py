@@ -22,7 +22,7 @@ from msq.profiles.inventory import inventory, inventory_of_config
 from msq.profiles.job import ProfileSettings, run_profile
 from msq.profiles.journal import JOURNAL_FILE
 from msq.profiles.latency import Product, kernel_shapes, products
-from msq.profiles.latency_job import LatencySettings, run_latency_profile, skeleton
+from msq.profiles.latency_job import LatencySettings, model_with_zeros, run_latency_profile
 from msq.profiles.models import choose_device, load_model
 from msq.profiles.overhead import static_step
 from msq.profiles.schema import HEAD
@@ -112,8 +112,8 @@ def test_bad_settings_are_refused(changes, message):
         dataclasses.replace(SETTINGS, **changes)
 
 
-def test_the_skeleton_is_the_stock_model_without_planned_layers(config):
-    model = skeleton(config, inventory_of_config(config, head=False), CPU, torch.float32)
+def test_the_model_with_zeros_is_the_stock_model_without_planned_layers(config):
+    model = model_with_zeros(config, inventory_of_config(config, head=False), CPU, torch.float32)
     names = {name for name, _ in model.named_parameters()}
     assert "lm_head.weight" in names and not any("_proj" in name for name in names)
     with torch.inference_mode():

@@ -28,6 +28,7 @@ def test_a_shipped_profile_is_whole(name):
     shapes = {(shape.pattern, shape.out_features, shape.in_features) for shape in kernel_shapes(info.layers)}
     rows = profile.latency
     assert set(rows[["pattern", "out_features", "in_features"]].itertuples(index=False, name=None)) == shapes
+    assert part.overhead_method == "decoding step without products"  # measured; what was fitted stands beside it
     assert {"driver", "cuda", "sm_clock_mhz"} <= profile.manifest.device.details.keys()
     assert "throttled" not in rows  # none was
     assert len(rows) == len(shapes) * len(profile.labels) * len(part.batch_sizes)
@@ -46,3 +47,8 @@ def test_losses_measured_anywhere_plan_for_it(tmp_path):
     assert plan.promised.bits_per_weight <= 3.25 and plan.promised.latency_us[1] <= 1e6 / 560
     assert plan.promised.latency_us[8] <= 8e6 / 3200 and plan.solver.status == "optimal"
     assert plan.profile.device == "NVIDIA H200"
+    without = combine(load_profile(tmp_path / "loss"), gpu, tmp_path / "plain head").manifest.latency
+    part = gpu.manifest.latency
+    assert part.calibrated is not None and without.step_product_us == part.step_product_us
+    for name in ("overhead_us", "step_overhead_us"):  # as measured and as calibrated, both with the plain head
+        assert getattr(without, name) == {b: us + part.head_us[b] for b, us in getattr(part, name).items()}

@@ -205,6 +205,10 @@ WRONG_MANIFESTS = [
     (lambda m: m["loss"].pop("tokens"), "the field 'loss.tokens' is missing"),
     (lambda m: m["loss"].update(noise=float("nan")), "the field 'loss.noise' is wrong: .*finite"),
     (lambda m: m["model"].update(blocks=3), "expected one q_proj in block 2 .* got 0"),
+    (
+        lambda m: m["latency"].update(calibrated={4: {"overhead_us": 1, "product_us": 0, "runs": 1, "context": 8}}),
+        "calibrated should have batch sizes among",
+    ),
     (lambda m: m["latency"]["overhead_us"].pop(8), "overhead_us should have one entry for each"),
     (lambda m: m.pop("latency"), "no latency part, yet latency.csv is there"),
     (lambda m: m.pop("loss"), "no loss part, yet there is errors.csv"),

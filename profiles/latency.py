@@ -214,14 +214,13 @@ class _GraphTimes:
         from ..kernels.cuda import ops  # noqa: F401 (registers the operators)
         from ..kernels.cuda.decode import new_workspace
         from ..kernels.cuda.jit import device_arch
+        from ..kernels.cuda.limits import device_index, device_limits
         from ..kernels.cuda.precompile import compile_all
-        from ..kernels.cuda.tuning import device_limits
         from .kernel_timing import Pool, decode_sources
 
         mine = [product for product in wanted if product.implementation == _KERNELS]
-        index = torch.cuda.current_device() if device.index is None else device.index
         cases = [(p.spec, p.out_features, p.in_features, p.batch_size) for p in mine]
-        sources, words = decode_sources(cases, torch.float16, device_limits(index))
+        sources, words = decode_sources(cases, torch.float16, device_limits(device_index(device)))
         with progress("compiling kernels", len(sources)) as advance:
             compile_all(sources, device_arch(device), min(usable_cores(), len(sources)), advance)
         largest = max(p.spec.size_bytes(p.out_features, p.in_features) for p in mine)

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from ..errors import KernelError
 from .jit import Kernel, Source, load
+from .limits import device_index, device_limits
 from .rotation_plan import SHARED_LIMIT
-from .tuning import FORMATS, device_limits
+from .tuning import FORMATS
 
 MAX_HEAD_SIZE = 256
 _MAX_GROUP = 8
@@ -139,7 +140,7 @@ def new_workspace(
 
 
 def _multiprocessors(device: torch.device) -> int:
-    return device_limits(torch.cuda.current_device() if device.index is None else device.index).multiprocessors
+    return device_limits(device_index(device)).multiprocessors
 
 
 @cache

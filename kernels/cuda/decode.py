@@ -18,7 +18,8 @@ from ..errors import KernelError
 from ..specs import TILE, QuantizerSpec, TrellisCode
 from .jit import Kernel, load
 from .layout import PreparedWeight
-from .tuning import FORMATS, Launch, Tuning, device_limits, launch_for, tune
+from .limits import device_index, device_limits
+from .tuning import FORMATS, Launch, Tuning, launch_for, tune
 
 MAX_BATCH = 16
 _EMPTY_WORD = -1
@@ -39,8 +40,7 @@ def unsupported_reason(
         return reason
     if not 1 <= batch_size <= MAX_BATCH:
         return f"the decode kernels take 1 to {MAX_BATCH} tokens; got {batch_size}: dequantize and multiply instead."
-    index = torch.cuda.current_device() if device.index is None else device.index
-    limits = device_limits(index)
+    limits = device_limits(device_index(device))
     if tune(spec, out_features, in_features, batch_size, limits) is None:
         return (
             f"{spec.label} of {in_features} inputs and {batch_size} tokens needs more shared memory than the "

@@ -21,6 +21,7 @@ from . import cubin_cache
 from .compiler import ARCHITECTURES, SOURCES, Source, compile_source, compiler_version
 from .cubin_cache import cache_directory, cache_size
 from .launcher import Kernel
+from .limits import device_index
 
 __all__ = [
     "ARCHITECTURES",
@@ -85,7 +86,7 @@ def load(source: Source, device: torch.device) -> Kernel:
         KernelError: no such device, a failed compilation, or a graph capture under way.
     """
     arch = device_arch(device)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device_index(device)
     kernel = _loaded.get((source, index))
     if kernel is not None:
         return kernel

@@ -9,6 +9,9 @@ import torch
 
 from ..errors import KernelError
 
+RESERVED_BYTES = 1024
+"""Shared memory that the system takes of every block's."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -21,6 +24,11 @@ class Limits:
 
     multiprocessors: int
     shared_bytes: int
+
+
+def device_index(device: torch.device) -> int:
+    """Index of a CUDA device; that of the current one for ``torch.device("cuda")``."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @cache

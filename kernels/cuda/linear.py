@@ -15,13 +15,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ..errors import KernelError
 from ..quantize import QuantizedWeight
-from ..specs import QuantizerSpec
+from ..specs import QuantizerSpec, TrellisCode
 from . import ops
 from .decode import new_workspace
 from .layout import from_units, prepare
+from .limits import Limits, device_index, device_limits
 from .rotation_plan import rotation_tables
-from .tuning import Limits, device_limits, launch_for, tune
+from .tuning import launch_for, tune
 
 _workspaces: dict[torch.device, Tensor] = {}
 
@@ -32,6 +34,9 @@ class KernelLinear(nn.Module):
     Args:
         weight: the packed layer, or several stacked by `linear.stack`; `decode.unsupported_reason` says which fit.
         bias: ``(out_features,)`` or None.
+
+    Raises:
+        KernelError: the kernels do not know the weight's trellis code.
     """
 
     scales: Tensor
@@ -41,6 +46,11 @@ class KernelLinear(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
+        if weight.spec.code is not TrellisCode.HYB:
+            raise KernelError(
+                f"expected a weight of the trellis code hyb, the one that the kernels know; got {weight.spec.label}: "
+                "use a QuantizedLinear, or quantize with hyb."
+            )
         self.spec = weight.spec
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.rotation_seed = weight.rotation_seed
@@ -99,8 +109,8 @@ class KernelLinear(nn.Module):
         device = self.scales.device
         if device.type != "cuda":
             return 0
-        index = torch.cuda.current_device() if device.index is None else device.index
-        return _workspace_words(self.spec, self.out_features, self.in_features, device_limits(index))
+        limits = device_limits(device_index(device))
+        return _workspace_words(self.spec, self.out_features, self.in_features, limits)
 
     def _shared_workspace(self) -> Tensor:
         device, words = self.scales.device, self.workspace_words()

@@ -12,7 +12,7 @@ import torch
 from ..specs import TILE, Family, QuantizerSpec
 from .jit import Source
 from .layout import UNIT_COLUMNS, pair_width, plane_bits
-from .limits import Limits, device_limits
+from .limits import RESERVED_BYTES, Limits, device_limits
 
 __all__ = ["FORMATS", "Launch", "Limits", "Tuning", "device_limits", "launch_for", "table_macros", "tune"]
 
@@ -23,9 +23,6 @@ _LARGEST_PAIR_TABLE = {Family.INT: 4, Family.NUQ: 5}
 
 _BYTE_ENTRY = 256
 """Bytes from one entry to the next in the table of a quantizer whose codes are bytes."""
-
-_RESERVED_BYTES = 1024
-"""Shared memory that the system takes of every block's."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ def _divide(
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
     shared_bytes = table_bytes + factors + -factors % 16 + 4 * slots
     shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * (sum(units) * UNIT_COLUMNS + 8)
-    if shared_bytes > (limits.shared_bytes + _RESERVED_BYTES) // tuning.blocks - _RESERVED_BYTES:
+    if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
         return None
     warps = _share_warps(units, tuning)
     if warps is None:

@@ -19,14 +19,12 @@ from torch import Tensor
 from ..errors import KernelError
 from ..quantizers.viterbi import window
 from .jit import Source, load
-from .limits import Limits, device_limits
+from .limits import RESERVED_BYTES, Limits, device_index, device_limits
 
 _RESIDENT = 2
 """Blocks of a multiprocessor: one searches while the other traces its paths or waits at a barrier."""
 _MINIMA = 32
 """Tiles times overlaps of a thread at most: it keeps two minima for each in registers."""
-_SYSTEM_BYTES = 1024
-"""Shared memory that the system takes of every block's."""
 _SCRATCH_BYTES = 3 << 30
 """Bound for the memory of all blocks together."""
 
@@ -77,7 +75,7 @@ def divide(state_bits: int, width: int, steps: int, tiles: int, limits: Limits) 
         needed = shared_bytes(state_bits, width, steps, chosen)
         if needed > limits.shared_bytes:
             continue
-        fits_twice = _RESIDENT * (needed + _SYSTEM_BYTES) <= limits.shared_bytes + _SYSTEM_BYTES
+        fits_twice = _RESIDENT * (needed + RESERVED_BYTES) <= limits.shared_bytes + RESERVED_BYTES
         if fits_twice and -(-tiles // together) >= limits.multiprocessors:
             return chosen
         if fits_twice or fallback is None:
@@ -124,8 +122,7 @@ def encode(
     codes = torch.empty(tiles, steps, dtype=torch.int32, device=pairs.device)
     if not codes.numel():
         return codes
-    index = torch.cuda.current_device() if pairs.device.index is None else pairs.device.index
-    limits = device_limits(index)
+    limits = device_limits(device_index(pairs.device))
     chosen = division or divide(state_bits, width, steps, tiles, limits)
     needed = 0 if chosen is None else shared_bytes(state_bits, width, steps, chosen)
     if chosen is None or needed > limits.shared_bytes:

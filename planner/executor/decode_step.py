@@ -22,6 +22,9 @@ from ...profiles.schema import ARCHITECTURES
 from .errors import CheckpointError
 from .projections import Projections
 
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on nothing but the position; others look at the length of the input too."""
+
 
 class KeyValueCache:
     """Keys and values of all blocks, for a fixed number of positions.
@@ -62,6 +65,9 @@ def unsupported_reason(model: nn.Module) -> str | None:
     config = cast(Any, model).config
     if config.hidden_act != "silu":
         return f"fused decoding knows the activation silu; got {config.hidden_act}."
+    rope_type = cast(Any, model).model.rotary_emb.rope_type
+    if rope_type not in _ROPE_TYPES:
+        return f"fused decoding knows rotary embeddings of type {', '.join(_ROPE_TYPES)}; got {rope_type}."
     weight = cast(Any, model).get_input_embeddings().weight
     if weight.device.type == "cuda" and weight.dtype not in FORMATS:
         return f"fused decoding runs in float16 or bfloat16 on CUDA; got {weight.dtype}."
@@ -146,7 +152,10 @@ class DecodeStep:
 
 
 def turning_angles(rotary: Any, capacity: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the stock model's rotary embedding, ``(capacity, head_size / 2)`` float32 each."""
+    """Cosines and sines of the stock model's rotary embedding, ``(capacity, head_size / 2)`` float32 each.
+
+    One call for all positions: only right for embeddings of `_ROPE_TYPES`.
+    """
     places = torch.arange(capacity, device=device).unsqueeze(0)
     cosines, sines = rotary(torch.zeros(1, device=device), places)
     half = cosines.shape[-1] // 2

@@ -59,7 +59,7 @@ class Decoder:
             self.positions = torch.full((batch_size,), -1, dtype=torch.int32, device=device)
             """The position before that of the newest token, ``(batch,)``."""
             self.logits: Tensor | None = None
-            """What the newest tokens were chosen from, ``(batch, vocabulary)``; overwritten by every step."""
+            """What `start` or `advance` last chose tokens from, ``(batch, vocabulary)``; the next overwrites it."""
             self._graph = self._capture() if (device.type == "cuda" if graph is None else graph) else None
         self._longest = 0
 
@@ -102,7 +102,11 @@ class Decoder:
         together = len(set(lengths)) == 1
         for row, count in [(0, len(prompts))] if together else [(row, 1) for row in range(len(prompts))]:
             tokens = torch.tensor([list(prompt) for prompt in prompts[row : row + count]], device=self.tokens.device)
-            self.tokens[row : row + count] = self._choose(self._read(tokens, row))
+            logits = self._read(tokens, row)
+            if self.logits is None:
+                self.logits = logits.new_empty(len(prompts), logits.shape[-1])
+            self.logits[row : row + count] = logits
+            self.tokens[row : row + count] = self._choose(logits)
         self.positions.copy_(torch.tensor(lengths) - 1)
         self._longest = max(lengths)
 

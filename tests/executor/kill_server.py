@@ -47,6 +47,9 @@ def run(command: dict, limit: int, answer: int) -> None:
                 os.write(answer, b"\n")
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    # After a fork, torch makes its thread pool anew in whichever thread first asks for it, and two that ask at once, as
+    # those that load a model do, may find none ("Invalid thread pool!"): ask before there are any.
+    torch.set_num_threads(1)
     sys.addaudithook(watch)
     model, out = Path(command["model"]), Path(command["out"])
     if command["run"] == "profile":

@@ -67,6 +67,7 @@ def test_steps_give_the_stock_models_logits(model, plan):
     with torch.inference_mode():
         expected = model(tokens).logits
         decoder.start(tokens[:, :9].tolist())
+        assert torch.allclose(decoder.logits, expected[:, 8], atol=2e-4)
         for place in range(9, 20):
             decoder.tokens.copy_(tokens[:, place])
             decoder.advance()
@@ -80,6 +81,19 @@ def test_generation_is_the_stock_models(model):
     for prompt, added in zip(prompts, found, strict=True):
         alone = model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None)
         assert added == alone[0, len(prompt) :].tolist()
+
+
+def test_the_logits_of_uneven_prompts_are_there_from_the_start():
+    model = make_model("llama")
+    prompts = [[5, 6, 7, 8], [9], [1, 2, 3]]
+    decoder = Decoder(model, batch_size=3, capacity=10)
+    for _ in range(2):  # anew, and over the logits of a step
+        decoder.start(prompts)
+        with torch.inference_mode():
+            expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+        assert torch.allclose(decoder.logits, expected, atol=2e-4)
+        assert torch.equal(decoder.tokens, expected.argmax(-1))
+        decoder.advance()
 
 
 def test_a_sequence_ends_at_a_stop_token():
@@ -120,6 +134,38 @@ def test_what_can_not_be_run_says_so():
     assert "silu; got gelu" in str(unsupported_reason(model))
     with pytest.raises(CheckpointError, match="stock model instead"):
         DecodeStep(torch.nn.Linear(1, 1), KeyValueCache(make_model("llama"), 1, 4, torch.float32, torch.device("cpu")))
+
+
+_LENGTHS = {"original_max_position_embeddings": 32, "factor": 4.0}
+_FREQUENCIES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPES = {
+    "default": {},
+    "linear": {"factor": 2.0},
+    "llama3": _LENGTHS | _FREQUENCIES,
+    "yarn": _LENGTHS,
+    "dynamic": {"factor": 2.0},
+    "longrope": _LENGTHS | {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_rotary_embeddings_are_the_stock_models_or_refused(rope):
+    changes = {"rope_type": rope, "rope_theta": 10000.0} | ROPES[rope]
+    model = make_model("llama", rope_parameters=changes)
+    if rope in ("dynamic", "longrope"):
+        assert f"default, linear, llama3, yarn; got {rope}" in str(unsupported_reason(model))
+        with pytest.raises(CheckpointError, match="stock model instead"):
+            Decoder(model, batch_size=1, capacity=60)
+        return
+    tokens = torch.randint(96, (1, 40), generator=torch.Generator().manual_seed(4))
+    decoder = Decoder(model, batch_size=1, capacity=60)
+    with torch.inference_mode():
+        expected = model(tokens).logits
+        decoder.start(tokens[:, :30].tolist())
+        for place in range(30, 40):
+            decoder.tokens.copy_(tokens[:, place])
+            decoder.advance()
+            assert torch.allclose(decoder.logits, expected[:, place], atol=2e-4)
 
 
 @pytest.mark.parametrize("size", [1, 96, 97, 1024, 1009, 32000])

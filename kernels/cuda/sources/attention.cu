@@ -14,6 +14,7 @@
 //
 // Macros: HEAD_SIZE (multiple of 8, at most 256), GROUP, GROUPS (blocks for one key head), KEY_HEADS, SPLITS, WARPS,
 // UNROLL (steps whose loads are under way at once), BFLOAT (1 for bf16, else fp16), NORM.
+#include "activation.cuh"
 #include "rows.cuh"
 
 constexpr int PIECES = HEAD_SIZE / 8;  // of 16 bytes, one a lane
@@ -28,10 +29,6 @@ constexpr float LOWEST = -1e30f;               // a maximum of nothing; finite, 
 static_assert(HEAD_SIZE % 8 == 0 && HEAD_SIZE <= 256, "a key is held by a warp, 8 numbers a lane");
 
 typedef Raw<BFLOAT ? BF16 : FP16, 8> Piece;
-
-__device__ __forceinline__ u16 to_bits(float value) { return BFLOAT ? float_to_bfloat(value) : float_to_half(value); }
-
-__device__ __forceinline__ float from_bits(u16 bits) { return BFLOAT ? bfloat_to_float(bits) : half_to_float(bits); }
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
@@ -52,7 +49,7 @@ __device__ __forceinline__ void turn(
     for (int n = 0; n < PAIRS; ++n) {
         int i = n * LANES + lane;
         if (i < HALF) {
-            low[n] = from_bits(head[i]), high[n] = from_bits(head[i + HALF]);
+            low[n] = value_of(head[i]), high[n] = value_of(head[i + HALF]);
             power += low[n] * low[n] + high[n] * high[n];
         }
     }
@@ -62,7 +59,7 @@ __device__ __forceinline__ void turn(
         int i = n * LANES + lane;
         if (i < HALF) {
             float first = low[n] * scale, second = high[n] * scale;
-            if constexpr (NORM) first *= from_bits(weight[i]), second *= from_bits(weight[i + HALF]);
+            if constexpr (NORM) first *= value_of(weight[i]), second *= value_of(weight[i + HALF]);
             low[n] = first * cosines[n] - second * sines[n];
             high[n] = second * cosines[n] + first * sines[n];
         }
@@ -149,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
                 for (int n = 0; n < PAIRS; ++n) {
                     int i = n * LANES + lane;
                     if (i < HALF) {
-                        new_key[i] = to_bits(low[n]), new_key[i + HALF] = to_bits(high[n]);
+                        new_key[i] = bits_of(low[n]), new_key[i + HALF] = bits_of(high[n]);
                         if (stores) keys[at + i] = new_key[i], keys[at + i + HALF] = new_key[i + HALF];
                     }
                 }
@@ -243,7 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
             joined += block_values[(w * GROUP) * HEAD_SIZE + item] * factor;
         }
         if constexpr (SPLITS == 1) {
-            row[item] = to_bits(joined / total);
+            row[item] = bits_of(joined / total);
         } else {
             store_global((u32*)block_sums + 2 * GROUP + item, float_to_bits(joined));
             if (item % HEAD_SIZE == 0) {
@@ -276,7 +273,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
                 total += part_weights[s] * factor;
                 joined += parts[s] * factor;
             }
-            row[item] = to_bits(joined / total);
+            row[item] = bits_of(joined / total);
         }
     }
 }

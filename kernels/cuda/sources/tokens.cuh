@@ -5,7 +5,7 @@
 // sums are multiplied by the inverse, `factors`.
 #pragma once
 
-#include "ptx.cuh"
+#include "activation.cuh"
 
 // Columns of one rate that a block reads: units `first .. end` of those that lie at columns `column .. column + columns`
 // of x. The last unit may be wider than what there is; it is filled with zeros.
@@ -14,10 +14,6 @@ struct Segment {
 
     __device__ __forceinline__ int units() const { return end - first; }
 };
-
-__device__ __forceinline__ float value_of(u16 bits) { return BFLOAT ? bfloat_to_float(bits) : half_to_float(bits); }
-
-__device__ __forceinline__ u16 bits_of(float value) { return BFLOAT ? float_to_bfloat(value) : float_to_half(value); }
 
 // The two values of a word, times a power of two, as fp16.
 __device__ __forceinline__ u32 scale_pair(u32 pair, float scale) {

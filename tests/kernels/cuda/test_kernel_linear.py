@@ -8,9 +8,10 @@ import pytest
 import torch
 from msq.kernels.cuda.linear import KernelLinear, _workspace_words, separate_workspace
 from msq.kernels.cuda.tuning import Limits
+from msq.kernels.errors import KernelError
 from msq.kernels.linear import IMPLEMENTATIONS, FusedLinear, QuantizedLinear
 from msq.kernels.quantize import quantize
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 
 SPECS = [
     QuantizerSpec(Family.INT, 4),
@@ -35,6 +36,14 @@ def test_it_computes_what_the_reference_does(weights, dtype):
     expected = QuantizedLinear(weights[0], bias)(x.float())
     assert found.dtype == dtype
     assert float((found.float() - expected).norm() / expected.norm()) < (1e-3 if dtype is torch.float16 else 8e-3)
+
+
+@pytest.mark.parametrize("code", [code for code in TrellisCode if code is not TrellisCode.HYB])
+def test_codes_that_the_kernels_do_not_know_are_refused(code):
+    table = torch.randn(1 << 10, 2).half() if code is TrellisCode.LUT else None
+    weight = quantize(torch.randn(16, 32), QuantizerSpec(Family.TCQ, 2, 10, code=code), rotation_seed=9, codebook=table)
+    with pytest.raises(KernelError, match=f"trellis code hyb, .*; got .*{code}.*: use a QuantizedLinear"):
+        KernelLinear(weight)
 
 
 def test_the_weight_comes_back_as_it_was_stored(weights):

@@ -33,9 +33,6 @@ SETTINGS = ProfileSettings(
 
 def run(command: dict, limit: int, answer: int) -> None:
     """The child: do what the command says, and end at the file operation of number `limit` below its directory."""
-    # After a fork the first use of torch's thread pool renews it, which is not safe in several threads at once: not in
-    # those that load a model.
-    torch.set_num_threads(1)
     count = 0
 
     def watch(event: str, arguments: tuple) -> None:

@@ -18,7 +18,19 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__, cli_checks, cli_planning, cli_profiles, cli_running
-from .cli_options import Device, EngineName, Json, Quantizers, Seed, Tokens, Window, Workers, note, print_json
+from .cli_options import (
+    Device,
+    EngineName,
+    HessianText,
+    Json,
+    Quantizers,
+    Seed,
+    Tokens,
+    Window,
+    Workers,
+    note,
+    print_json,
+)
 
 BAD_INPUT, INFEASIBLE = 2, 3
 
@@ -165,7 +177,7 @@ def apply(
     hessian: Annotated[
         bool, typer.Option("--hessian", help="Error feedback under Hessians, on --text or else on random tokens.")
     ] = False,
-    text: Annotated[Path | None, typer.Option(help="Calibration text for --hessian, UTF-8.")] = None,
+    text: HessianText = None,
     tokens: Tokens = 65536,
     window: Window = 512,
     seed: Seed = 0,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import Device, Json, ProfileDir, Seed, Tokens, Window, note, print_json
+from .cli_options import Device, HessianText, Json, ProfileDir, Seed, Tokens, Window, note, print_json
 
 if TYPE_CHECKING:
     from .experiments.promise_check import PromiseReport, Steps
@@ -31,7 +31,7 @@ def check(
     hessian: Annotated[
         bool, typer.Option("--hessian", help="Build what it is compared with as `apply --hessian` does.")
     ] = False,
-    text: Annotated[Path | None, typer.Option(help="Calibration text for --hessian, UTF-8.")] = None,
+    text: HessianText = None,
     tokens: Tokens = 65536,
     seed: Seed = 0,
     device: Device = "cpu",

@@ -35,6 +35,7 @@ Workers = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
+HessianText = Annotated[Path | None, typer.Option("--text", help="Calibration text for --hessian, UTF-8.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 

@@ -17,8 +17,6 @@ import argparse
 import csv
 import itertools
 import os
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -34,9 +32,11 @@ from ..kernels.cuda.jit import Kernel, Source, device_arch, load
 from ..kernels.cuda.precompile import compile_all
 from ..kernels.cuda.tuning import Tuning, device_limits
 from ..kernels.specs import QuantizerSpec, default_palette, match_labels
+from ..profiles.device import driver_version
 from ..profiles.kernel_timing import Pool, time_launches
 from .kernel_checks import check_all, check_sources
 from .kernel_sweep import H200, SHAPES, Case, cases, launch_of
+from .records import checkout_commit
 
 _POOL_BYTES = 640 << 20
 _ROW_TILES_ARGUMENT = 8
@@ -191,22 +191,13 @@ def parts(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def first_line(*command: str) -> str:
-    """The first line that a program prints; "unknown" where it is missing or says nothing."""
-    if shutil.which(command[0]) is None:
-        return "unknown"
-    printed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return printed.splitlines()[0] if printed else "unknown"
-
-
 def environment(device: torch.device, commit: str | None) -> dict[str, str]:
     """What a measurement depends on."""
-    here = str(Path(__file__).parent)
     return {
         "gpu": torch.cuda.get_device_name(device),
-        "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": driver_version(),
         "torch": torch.__version__,
-        "commit": commit or first_line("git", "-C", here, "rev-parse", "--short", "HEAD"),
+        "commit": commit or checkout_commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 

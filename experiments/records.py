@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,14 +21,21 @@ def environment(device: str, commit: str | None = None) -> dict[str, str]:
     Args:
         commit: what to record; None for that of this checkout.
     """
-    describe = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": describe_device(choose_device(device)).name,
-        "commit": commit or found.stdout.strip() or "not in a git checkout",
+        "commit": commit or checkout_commit(),
     }
+
+
+def checkout_commit() -> str:
+    """The commit of this checkout, marked where files were changed."""
+    if shutil.which("git") is None:
+        return "not in a git checkout"
+    describe = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "not in a git checkout"
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

@@ -66,12 +66,6 @@ def _paley_field(order: int) -> int | None:
     return None
 
 
-@cache
-def _smallest_order(odd: int, max_power: int) -> int | None:
-    """The smallest Paley order ``odd * 2**j`` with ``j <= max_power``."""
-    return next((odd << j for j in range(2, max_power + 1) if _paley_field(odd << j)), None)
-
-
 def _odd_splits(odd: int) -> list[tuple[int, ...]]:
     """All ways to write an odd number as a non-decreasing product of factors above one."""
     splits: list[tuple[int, ...]] = [(odd,)]

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from ..kernels.linear import IMPLEMENTATIONS
-from ..kernels.quantize import QuantizedWeight, from_tensors, tensor_shapes
-from ..kernels.specs import TILE, Family, QuantizerSpec
+from ..kernels.random_weight import random_weight
+from ..kernels.specs import TILE, QuantizerSpec
 from .device import usable_cores
 from .gpu_monitor import GpuMonitor
 from .inventory import LayerInfo
@@ -130,19 +129,6 @@ def products(
     return found
 
 
-def random_weight(spec: QuantizerSpec, out_features: int, in_features: int, device: torch.device) -> QuantizedWeight:
-    """A packed weight of random codes."""
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, Tensor] = {}
-    for name, (size, dtype) in tensor_shapes(spec, out_features, in_features).items():
-        if dtype == torch.uint8:
-            tensors[name] = torch.randint(256, size, dtype=dtype, generator=generator).to(device)
-        else:
-            tensors[name] = torch.randn(size, generator=generator).to(device=device, dtype=dtype)
-    seed = None if spec.family is Family.INT else 0
-    return from_tensors(spec, out_features, in_features, seed, tensors)
-
-
 def measure_latency(
     layers: Sequence[LayerInfo],
     specs: Sequence[QuantizerSpec],
@@ -197,7 +183,8 @@ def _settled(measure: Callable[[], tuple[float, float]], monitor: GpuMonitor | N
 
 
 def _measure_module(product: Product, dtype: torch.dtype, timer: Timer, device: torch.device) -> tuple[float, float]:
-    weight = random_weight(product.spec, product.out_features, product.in_features, device)
+    generator = torch.Generator(device).manual_seed(0)
+    weight = random_weight(product.spec, product.out_features, product.in_features, generator)
     module = IMPLEMENTATIONS[product.implementation].linear(weight)
     x = torch.ones(product.batch_size, product.in_features, device=device, dtype=dtype)
     timing = timer.measure(lambda: module(x))

@@ -112,6 +112,7 @@ def kernel_arguments(
 ) -> tuple[Tensor | int | None, ...]:
     """What the kernel is called with, in the order of its parameters."""
     high = weight.units[1] if len(weight.units) > 1 else None
+    columns = weight.segment_columns
     return (
         weight.units[0],
         high,
@@ -124,8 +125,8 @@ def kernel_arguments(
         weight.out_features // TILE,
         weight.units[0].shape[1],
         0 if high is None else high.shape[1],
-        weight.segment_columns[0],
-        0 if high is None else weight.segment_columns[1],
+        columns[0],
+        0 if high is None else columns[1],
         x.shape[0],
         launch.block_tiles,
     )

@@ -9,7 +9,7 @@ from ..errors import KernelError
 from ..specs import TILE, Family, QuantizerSpec
 from .jit import Source, load
 from .layout import PreparedWeight, pair_width
-from .tuning import FORMATS, device_limits, table_macros
+from .tuning import FORMATS, device_limits, table_macros, table_size
 
 _WARPS = 8
 _BLOCKS_PER_MULTIPROCESSOR = 4
@@ -18,13 +18,11 @@ _BLOCKS_PER_MULTIPROCESSOR = 4
 def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source, int]:
     """The kernel of one segment, and its bytes of shared memory."""
     replicas = 1 if spec.family is Family.INT else 32
-    while True:
-        macros, table_bytes = table_macros(spec, replicas, signed=False)
-        if table_bytes <= 32 << 10 or replicas == 1:
-            break
+    while replicas > 1 and table_size(spec, replicas, signed=False) > 32 << 10:
         replicas //= 2
+    macros = table_macros(spec, replicas, signed=False)
     macros |= {"WIDTH_LOW": pair_width(rate), "WARPS": _WARPS, "BFLOAT": FORMATS[dtype]}
-    return Source("dequantize.cu", "dequantize", macros), table_bytes + spec.table_bytes
+    return Source("dequantize.cu", "dequantize", macros), table_size(spec, replicas, signed=False) + spec.table_bytes
 
 
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float16, out: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from .jit import Source
 from .layout import UNIT_COLUMNS, pair_width, plane_bits
 from .limits import RESERVED_BYTES, Limits, device_limits
 
-__all__ = ["FORMATS", "Launch", "Limits", "Tuning", "device_limits", "launch_for", "table_macros", "tune"]
+__all__ = ["FORMATS", "Launch", "Limits", "Tuning", "device_limits", "launch_for", "table_macros", "table_size", "tune"]
 
 FORMATS = {torch.float16: 0, torch.bfloat16: 1}
 _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.HALF_TCQ: 3}
@@ -72,25 +72,32 @@ class Launch:
     workspace_words: int
 
 
-def table_macros(spec: QuantizerSpec, replicas: int, signed: bool) -> tuple[dict[str, int], int]:
-    """Macros of ``decoders.cuh`` without the widths, and the bytes of the table in shared memory."""
-    entries, width = spec.codebook_shape[0], pair_width(max(spec.rates))
-    pairs = spec.family is Family.VQ or spec.bits <= _LARGEST_PAIR_TABLE.get(spec.family, 0)
-    macros = {
+def _looks_up_pairs(spec: QuantizerSpec) -> bool:
+    return spec.family is Family.VQ or spec.bits <= _LARGEST_PAIR_TABLE.get(spec.family, 0)
+
+
+def table_macros(spec: QuantizerSpec, replicas: int, signed: bool) -> dict[str, int]:
+    """Macros of ``decoders.cuh`` without the widths."""
+    return {
         "FAMILY": _FAMILIES[spec.family],
         "STATE_BITS": spec.state_bits,
-        "TABLE_BITS": max(entries.bit_length() - 1, 0),
-        "TABLE_OF_PAIRS": pairs,
+        "TABLE_BITS": max(spec.codebook_shape[0].bit_length() - 1, 0),
+        "TABLE_OF_PAIRS": _looks_up_pairs(spec),
         "REPLICAS": replicas,
         "SIGNED_TABLE": signed and spec.has_trellis,
     }
+
+
+def table_size(spec: QuantizerSpec, replicas: int, signed: bool) -> int:
+    """Bytes of the table in shared memory."""
+    entries, width = spec.codebook_shape[0], pair_width(max(spec.rates))
     if spec.has_trellis:
         entries <<= signed
     elif bits := plane_bits(spec, width):
-        return macros, _BYTE_ENTRY << bits
-    elif pairs:
+        return _BYTE_ENTRY << bits
+    elif _looks_up_pairs(spec):
         entries = 1 << width
-    return macros, 4 * entries * replicas
+    return 4 * entries * replicas
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def _divide(
     if not chunk_blocks:
         return None
     block_tiles = -(-row_tiles // chunk_blocks)
-    table_bytes = table_macros(spec, tuning.replicas, tuning.signed)[1]
+    table_bytes = table_size(spec, tuning.replicas, tuning.signed)
     factors = (tuning.warps + 1) * tokens * 4
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
     shared_bytes = table_bytes + factors + -factors % 16 + 4 * slots
@@ -171,7 +178,7 @@ def launch_for(
     if division is None:
         return None
     tokens, widths = _tokens(batch), [pair_width(rate) for rate in spec.rates]
-    macros = table_macros(spec, tuning.replicas, tuning.signed)[0] | {
+    macros = table_macros(spec, tuning.replicas, tuning.signed) | {
         "WIDTH_LOW": widths[0],
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
         "ROWS": tuning.rows,

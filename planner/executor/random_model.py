@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.codebooks import codebook
-from ...kernels.quantize import QuantizedWeight, packed_names, tensor_shapes
+from ...kernels.random_weight import ROTATION_SEED, random_weight
 from ...kernels.specs import Family, QuantizerSpec
 from ...profiles.schema import HEAD, ROLES
 from ..plan import Plan, PlannedLayer, PlanQuantizer
@@ -23,8 +22,6 @@ from .load import fresh_buffers
 from .manifest import QuantizationConfig, QuantizedLayer
 
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
-_SEED = 0
-"""Of every rotation: layers of one input must share it, others may."""
 
 
 def linear_layers(model: nn.Module, *, head: bool) -> list[str]:
@@ -87,27 +84,11 @@ def _described(model: nn.Module, planned: Any, quantizers: dict[str, PlanQuantiz
             quantizer=entry.quantizer,
             out_features=module.out_features,
             in_features=module.in_features,
-            rotation_seed=_SEED if rotated else None,
+            rotation_seed=ROTATION_SEED if rotated else None,
             pattern=entry.pattern,
             implementation=entry.implementation,
         )
     return QuantizationConfig(quantizers=quantizers, layers=layers)
-
-
-def random_weight(
-    spec: QuantizerSpec, out_features: int, in_features: int, generator: torch.Generator
-) -> QuantizedWeight:
-    """A packed weight of random codes, its rows of about unit length, on the generator's device."""
-    device = generator.device
-    shapes = tensor_shapes(spec, out_features, in_features)
-    packed = tuple(
-        torch.randint(256, shapes[name][0], dtype=torch.uint8, device=device, generator=generator)
-        for name in packed_names(spec)
-    )
-    size = 2.0 ** (spec.bits - 1) / 3**0.5 if spec.family is Family.INT else 1.0  # of a decoded code, about
-    scales = torch.full((out_features,), in_features**-0.5 / size, dtype=torch.float16, device=device)
-    seed = None if spec.family is Family.INT else _SEED
-    return QuantizedWeight(spec, out_features, in_features, seed, packed, scales, codebook(spec).to(device))
 
 
 def random_model(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.kernels.linear import IMPLEMENTATIONS, FusedSlice, QuantizedLinear
+from msq.kernels.random_weight import random_weight
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.install import Place, choose_places, install, installed_layers
 from msq.planner.executor.load import quantized_weights
-from msq.planner.executor.random_model import model_without_weights, random_model, random_weight, uniform_quantization
+from msq.planner.executor.random_model import model_without_weights, random_model, uniform_quantization
 
 from .conftest import make_config
 

@@ -111,8 +111,6 @@ __device__ __forceinline__ u32 shuffle(u32 value, int source_lane) {
 
 __device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffffu, value); }
 
-__device__ __forceinline__ void warp_sync() { __syncwarp(); }
-
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
 // A barrier of some of a block's warps; number 0 is `block_sync`.

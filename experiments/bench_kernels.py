@@ -39,7 +39,7 @@ from .kernel_sweep import H200, SHAPES, Case, cases, launch_of
 from .records import checkout_commit
 
 _POOL_BYTES = 640 << 20
-_ROW_TILES_ARGUMENT = 8
+_ROWS_ARGUMENTS = (15, 16)  # rows of tiles of a block, and blocks that have one more
 READS = [
     (Source("read.cu", "read_direct", {"UNROLL": unroll, "READ_THREADS": threads}), blocks)
     for unroll, threads, blocks in ((8, 512, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 2))
@@ -141,7 +141,8 @@ def time_case(pool: Pool, case: Case) -> tuple[tuple[float, float], int]:
     for weight in weights:
         arguments = list(kernel_arguments(x, weight, None, out, workspace, launch))
         if case.mode == "start":
-            arguments[_ROW_TILES_ARGUMENT] = 0
+            for place in _ROWS_ARGUMENTS:
+                arguments[place] = 0
         calls.append(
             partial(
                 kernel.launch,

@@ -51,7 +51,8 @@ class Pool:
     def weights(
         self, spec: QuantizerSpec, out_features: int, in_features: int, *, cold: bool = True
     ) -> list[PreparedWeight]:
-        """Layers of random codes, each with scales and a codebook of its own; the same ones for the same arguments."""
+        """Layers of random codes, each with its own scales, of one codebook, as in a model (`KernelLinear`); the same ones for
+        the same arguments."""
         key = (spec, out_features, in_features, cold)
         if key not in self._weights:
             self._weights[key] = self._new_weights(*key)
@@ -66,11 +67,11 @@ class Pool:
             for tiles, rate in zip(spec.segment_tiles(in_features), spec.rates, strict=True)
         ]
         sizes = [rows * units * unit_bytes for rows, units, unit_bytes in shapes]
-        found = []
+        found, table = [], codebook(spec).to(self.device)
         for part in self.slices(sum(sizes), cold=cold):
             units = tuple(piece.view(shape) for piece, shape in zip(part.split(sizes), shapes, strict=True))
             scales = torch.rand(out_features, device=part.device).half()
-            found.append(PreparedWeight(spec, out_features, in_features, units, scales, codebook(spec).to(part.device)))
+            found.append(PreparedWeight(spec, out_features, in_features, units, scales, table))
         return found
 
 

@@ -112,7 +112,7 @@ def kernel_arguments(
 ) -> tuple[Tensor | int | None, ...]:
     """What the kernel is called with, in the order of its parameters."""
     high = weight.units[1] if len(weight.units) > 1 else None
-    columns = weight.segment_columns
+    columns, row_tiles = weight.segment_columns, weight.out_features // TILE
     return (
         weight.units[0],
         high,
@@ -122,12 +122,15 @@ def kernel_arguments(
         x,
         y,
         workspace if launch.workspace_words else None,
-        weight.out_features // TILE,
+        row_tiles,
         weight.units[0].shape[1],
         0 if high is None else high.shape[1],
         columns[0],
         0 if high is None else columns[1],
         x.shape[0],
+        launch.chunk_blocks,
+        row_tiles // launch.chunk_blocks,
+        row_tiles % launch.chunk_blocks,
         launch.block_tiles,
     )
 

@@ -6,10 +6,14 @@ takes pairs ``16 g .. 16 g + 15`` of tile ``t`` and then of tile ``4 + t``, ``2 
 32-bit words. In memory the lanes' words are interleaved in pieces of 16 bytes a lane, then one of 8 where
 ``width & 2``, then one of 4 where ``width & 1``. `sources/decoders.cuh` is the other side of this.
 
-Quantizers that are decoded by a table of at most 8 bits (`plane_bits`) have each lane's bits in *byte planes*: a code
+`nuq` and `vq` of at most 8 bits a pair (`plane_bits`) have each lane's bits in *byte planes*: a code
 of one pair, or of two where that is 8 bits or less, is to be a byte that one instruction cuts out. Code ``4 i + j`` of
 a lane is the low bits of byte ``j`` of word ``i``; the codes left over are spread over the bits above: plane ``n`` of
 those, one bit in each of the four bytes, is the ``n % bits``-th of the codes ``4 * (width + n // bits) + j``.
+
+`int` has *half planes*: the codes of a pair are to lie at the same bits of a word's halves, so that one instruction brings
+both to where they are numbers. Bit 0 of the first code is bit 1 of its half, the others follow in steps of their bits, of 8
+from 6 bits on, around to bit 0; the codes left over take the bits left over, word by word.
 
 No bit is changed and none added, unless the tiles of a row are no multiple of 8: then the last unit is filled up with
 zeros, which meet zeros in the input. Each segment of a two-rate quantizer is treated by itself.
@@ -25,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quantize import QuantizedWeight
-from ..specs import TILE, QuantizerSpec
+from ..specs import TILE, Family, QuantizerSpec
 
 UNIT_TILES = 8
 UNIT_COLUMNS = UNIT_TILES * TILE
@@ -79,7 +83,7 @@ def _pieces(width: int) -> list[int]:
 
 def plane_bits(spec: QuantizerSpec, width: int) -> int:
     """Bits of the codes that lie in byte planes; 0 where the lanes' bits are a plain stream."""
-    if spec.has_trellis or width > LARGEST_BYTE_CODE:
+    if spec.has_trellis or spec.family is Family.INT or width > LARGEST_BYTE_CODE:
         return 0
     return width if 2 * width > LARGEST_BYTE_CODE else 2 * width
 
@@ -91,6 +95,30 @@ def _plane_order(bits: int, width: int) -> Tensor:
     plane = word * (8 - bits) + bit - bits
     octet = torch.where(bit < bits, word, width + plane // bits)
     return ((4 * octet + byte) * bits + torch.where(bit < bits, bit, plane % bits)).flatten()
+
+
+@cache
+def _half_plane_order(bits: int) -> Tensor:
+    """The same for half planes, of codes of `bits` bits: ``(64 * bits,)``."""
+    step, words = bits if bits <= 5 else 8, 2 * bits
+    direct = [(1 + place * step + bit) % 16 for place in range(16 // step) for bit in range(bits)]
+    spare = sorted(set(range(16)) - set(direct))
+    places = [(word, bit) for word in range(words) for bit in direct]
+    places += [(word, bit) for word in range(words) for bit in spare]
+    order = torch.empty(32 * words, dtype=torch.int64)
+    for n, (word, bit) in enumerate(places):
+        pair, of_code = divmod(n, bits)
+        for half in range(2):
+            order[32 * word + 16 * half + bit] = (2 * pair + half) * bits + of_code
+    return order
+
+
+def _lane_order(spec: QuantizerSpec, width: int) -> Tensor | None:
+    """Which bit of the plain stream each bit of a lane's words is; None where they are in that order."""
+    if spec.family is Family.INT:
+        return _half_plane_order(width // 2)
+    bits = plane_bits(spec, width)
+    return _plane_order(bits, width) if bits else None
 
 
 def _reorder_bits(lanes: Tensor, order: Tensor) -> Tensor:
@@ -111,8 +139,9 @@ def to_units(packed: Tensor, spec: QuantizerSpec) -> Tensor:
     padded = F.pad(packed, (0, 0, 0, -packed.shape[1] % UNIT_TILES))
     dealt = padded.unflatten(1, (-1, 2, 4)).unflatten(4, (8, 2 * width))  # row, unit, block, t, g, bytes
     lanes = dealt.permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(2, 3)  # row, unit, lane, 4 * width bytes
-    if bits := plane_bits(spec, width):
-        lanes = _reorder_bits(lanes, _plane_order(bits, width))
+    order = _lane_order(spec, width)
+    if order is not None:
+        lanes = _reorder_bits(lanes, order)
     return torch.cat([piece.flatten(2) for piece in lanes.split(_pieces(width), dim=3)], dim=2)
 
 
@@ -122,8 +151,9 @@ def from_units(units: Tensor, column_tiles: int, spec: QuantizerSpec) -> Tensor:
     sizes = _pieces(width)
     parts = units.split([32 * size for size in sizes], dim=2)
     lanes = torch.cat([part.unflatten(2, (32, size)) for part, size in zip(parts, sizes, strict=True)], dim=3)
-    if bits := plane_bits(spec, width):
-        lanes = _reorder_bits(lanes, torch.argsort(_plane_order(bits, width)))
+    order = _lane_order(spec, width)
+    if order is not None:
+        lanes = _reorder_bits(lanes, torch.argsort(order))
     dealt = lanes.unflatten(2, (8, 4)).unflatten(4, (2, 2 * width))  # row, unit, g, t, block, bytes
     tiles: Tensor = dealt.permute(0, 1, 4, 3, 2, 5).flatten(4).flatten(1, 3)
     return tiles[:, :column_tiles].contiguous()

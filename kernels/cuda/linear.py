@@ -3,7 +3,8 @@
 Its buffers are the weight in the kernels' layout, the rotation's tables and a workspace, so it moves between devices
 like any module, and on a CPU it runs on the operators' twins. The workspace is shared by all modules of a device: they
 must run one after another, on one stream, as the layers of a model do. Models that are to run at the same time get one
-each from `separate_workspace`.
+each from `separate_workspace`. Codebooks of the same numbers are one tensor on a device, which so stays in its cache from
+layer to layer: a kernel decodes nothing before it has read its codebook.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,15 @@ from .rotation_plan import rotation_tables
 from .tuning import launch_for, tune
 
 _workspaces: dict[torch.device, Tensor] = {}
+_codebooks: WeakValueDictionary[tuple[torch.device, bytes], Tensor] = WeakValueDictionary()
+
+
+def shared_codebook(codebook: Tensor) -> Tensor:
+    """The one tensor of these numbers on their device; not to be written to."""
+    if codebook.device.type == "meta":
+        return codebook
+    key = (codebook.device, codebook.cpu().numpy().tobytes())
+    return _codebooks.setdefault(key, codebook)
 
 
 class KernelLinear(nn.Module):
@@ -59,7 +70,7 @@ class KernelLinear(nn.Module):
         for name, units in zip(self._unit_names, prepared.units, strict=True):
             self.register_buffer(name, units)
         self.register_buffer("scales", prepared.scales)
-        self.register_buffer("codebook", prepared.codebook)
+        self.register_buffer("codebook", shared_codebook(prepared.codebook))
         self.register_buffer("bias", bias)
         self._table_names: list[str] = []
         if weight.rotation_seed is not None:
@@ -119,9 +130,10 @@ class KernelLinear(nn.Module):
         return _workspaces[device]
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
-        """What every move between devices comes through: buffers move, the workspace is that of the new device."""
+        """What every move between devices comes through: buffers move, what modules share is that of the new device."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.workspace = self._shared_workspace()
+        self.codebook = shared_codebook(self.codebook)
         return self
 
 

@@ -18,8 +18,8 @@ __all__ = ["FORMATS", "Launch", "Limits", "Tuning", "device_limits", "launch_for
 
 FORMATS = {torch.float16: 0, torch.bfloat16: 1}
 _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.HALF_TCQ: 3}
-_LARGEST_PAIR_TABLE = {Family.INT: 4, Family.NUQ: 5}
-"""Bits up to which pairs of weights are looked up; above, `nuq` looks up single weights and `int` calculates."""
+_LARGEST_PAIR_TABLE = {Family.NUQ: 5}
+"""Bits up to which pairs of weights are looked up; above, `nuq` looks up single weights."""
 
 _BYTE_ENTRY = 256
 """Bytes from one entry to the next in the table of a quantizer whose codes are bytes."""
@@ -34,6 +34,7 @@ class Tuning:
         blocks: blocks of a launch for each multiprocessor.
         resident: blocks for which a multiprocessor has registers; more than `blocks` lets the next launch start early.
         rows: rows of tiles that a warp decodes side by side: a step is one unit (16 rows x 128 columns) in each.
+        steps_at_start: steps that a warp asks for before it decodes the first, 1 or 2.
         row_groups: groups of warps that take different rows; the warps of a group share the columns.
         splits: chunks of the input dimension that different blocks take.
         replicas: copies of the table in shared memory; 32 make every lookup free of conflicts.
@@ -45,6 +46,7 @@ class Tuning:
     blocks: int = 1
     resident: int = 1
     rows: int = 2
+    steps_at_start: int = 1
     row_groups: int = 1
     splits: int = 1
     replicas: int = 32
@@ -59,6 +61,7 @@ class Launch:
     Attributes:
         source: what to compile.
         grid, block: blocks, and threads of a block.
+        chunk_blocks: blocks of each of the chunks of the input dimension.
         shared_bytes: dynamic shared memory of a block.
         block_tiles: rows of 16 x 16 tiles of a block for which `shared_bytes` has room.
         workspace_words: 32-bit words of workspace, all ones before the first call and after each.
@@ -67,6 +70,7 @@ class Launch:
     source: Source
     grid: int
     block: int
+    chunk_blocks: int
     shared_bytes: int
     block_tiles: int
     workspace_words: int
@@ -182,6 +186,7 @@ def launch_for(
         "WIDTH_LOW": widths[0],
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
         "ROWS": tuning.rows,
+        "STEPS_AT_START": tuning.steps_at_start,
         "ROW_GROUPS": tuning.row_groups,
         "WARPS": tuning.warps,
         "HIGH_WARPS": division.warps[1] if len(widths) > 1 else 0,
@@ -194,6 +199,7 @@ def launch_for(
         Source("decode.cu", "multiply", macros),
         division.chunk_blocks * tuning.splits,
         32 * tuning.warps,
+        division.chunk_blocks,
         division.shared_bytes,
         division.block_tiles,
         (tuning.splits - 1) * division.row_tiles * tokens * TILE,

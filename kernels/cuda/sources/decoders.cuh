@@ -38,26 +38,26 @@ struct Unit {
     u32 words[WIDTH] = {};
     u32 next;  // trellis codes: the first 16 bits that follow the lane's run, block 0 in the low half, 1 in the high
 
-    // From global memory; where not `active`, the words stay as they are.
-    __device__ __forceinline__ void load(const u8* bytes, bool active = true) {
-        int lane = lane_index();
+    static constexpr int LANE_BYTES = WIDTH >= 4 ? 16 : WIDTH >= 2 ? 8 : 4;  // of a lane's first piece
+
+    // `place`: of this lane's first piece in global memory; where not `active`, the words stay as they are.
+    __device__ __forceinline__ void load(const u8* place, bool active = true) {
 #pragma unroll
         for (int piece = 0; piece < WIDTH / 4; ++piece) {
             u32* to = words + 4 * piece;
             Words4 four{to[0], to[1], to[2], to[3]};
-            load_once_if(four, reinterpret_cast<const Words4*>(bytes) + 32 * piece + lane, active);
+            load_once_if(four, place + 512 * piece, active);
             to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         }
-        bytes += WIDTH / 4 * 512;
+        constexpr int TWOS = WIDTH / 4 * 512, ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);
         if constexpr ((WIDTH & 2) != 0) {
             u32* to = words + WIDTH / 4 * 4;
             Words2 two{to[0], to[1]};
-            load_once_if(two, reinterpret_cast<const Words2*>(bytes) + lane, active);
+            load_once_if(two, place - (LANE_BYTES - 8) * lane_index() + TWOS, active);
             to[0] = two.x, to[1] = two.y;
-            bytes += 256;
         }
         if constexpr ((WIDTH & 1) != 0) {
-            load_once_if(words[WIDTH - 1], reinterpret_cast<const u32*>(bytes) + lane, active);
+            load_once_if(words[WIDTH - 1], place - (LANE_BYTES - 4) * lane_index() + ONES, active);
         }
     }
 };
@@ -96,7 +96,7 @@ struct TableFilling {
         }
     }
 
-    __device__ __forceinline__ void store(u8* table) const {
+    __device__ __forceinline__ void store() const {
         constexpr int SHARE = STORES / HELPERS;
         int first = threadIdx.x / AT_ONCE * SHARE;
 #pragma unroll
@@ -107,42 +107,85 @@ struct TableFilling {
 #pragma unroll
             for (int i = 0; i < SHARE; ++i) {
                 // Neighbouring threads begin at different copies, in different banks.
-                u8* to = table + code * Decoder::STRIDE + (first + (i + threadIdx.x) % SHARE) * STORE_BYTES;
+                u32 to = code * Decoder::STRIDE + (first + (i + threadIdx.x) % SHARE) * STORE_BYTES;
                 if constexpr (STORE_BYTES == 16) {
-                    *reinterpret_cast<Words4*>(to) = Words4{one, two, one, two};
+                    store_shared(to, Words4{one, two, one, two});
                 } else {
-                    *reinterpret_cast<u32*>(to) = one;
+                    store_shared(to, one);
                 }
             }
         }
     }
 };
 
-// int at higher rates: the levels are the integers minus half of the largest code. No table: 512 + code is assembled in
-// the fraction of an fp16 number, where the last bit counts a half, and one subtraction makes the level.
+// int: the levels are the integers minus half of the largest code. No table: a word holds the codes of pairs in *half planes*
+// (layout.py), the two codes of a pair at the same bits of its halves. One instruction brings both into the fractions of two
+// fp16 numbers, 1024 + code * 2^p, one more makes the levels; both are exact for 1 <= p <= 10 - BITS.
 template <int WIDTH>
 struct IntegerDecoder {
     static constexpr int BITS = WIDTH / 2;
     static constexpr int ENTRIES = 0, STRIDE = 0, ENTRY_BYTES = 16, TABLE_BYTES = 0;
-    static constexpr u32 HALF = (512 * 2 + (1 << BITS) - 1);  // twice what is subtracted
-    static constexpr u32 HALF_BITS = 0xE000 | (HALF - 1024);  // -(HALF / 2) in fp16, between 512 and 1024
+    static constexpr int STEP = BITS <= 5 ? BITS : 8;        // bits from one code of a half to the next
+    static constexpr int IN_WORD = 16 / STEP;                // pairs of a word
+    static constexpr int SPARE = 16 - IN_WORD * BITS;        // bits of a half that none of them takes
+    static constexpr u32 BOTH = 0x00010001;
 
     static __device__ __forceinline__ Words2 entry(const u16*, int) { return Words2{}; }
 
-    static __device__ __forceinline__ u32 lane_offset() { return 0; }
+    // The exponents of `levels`, in a register: an instruction takes one constant, and that is the mask.
+    static __device__ __forceinline__ u32 lane_offset() { return hidden(0x6400 * BOTH); }
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
 
-    template <int BLOCK>
-    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, u32, u32 (&weights)[BLOCK_PAIRS]) {
-        constexpr u32 mask = (1u << BITS) - 1;
-#pragma unroll
-        for (int i = 0; i < BLOCK_PAIRS; ++i) {
-            int first = WIDTH * (BLOCK * BLOCK_PAIRS + i), second = first + BITS;
-            u32 low = window(unit.words, first - 1, BITS + 1), high = window(unit.words, second - 17, BITS + 17);
-            u32 both = (high & mask << 17) | 0x60006000;
-            weights[i] = add_half2((low & mask << 1) | both, HALF_BITS | HALF_BITS << 16);
+    // Of codes that lie at bit PLACE of the halves.
+    template <int PLACE>
+    static __device__ __forceinline__ u32 levels(u32 codes, u32 exponents) {
+        static_assert(PLACE >= 1 && PLACE + BITS <= 10, "not exact there");
+        // fp16: 2^-PLACE, and -(2^(10 - PLACE) + half of the largest code), which lies between 2^(10 - PLACE) and twice that
+        constexpr u32 factor = (15 - PLACE) << 10;
+        constexpr u32 offset = 0x8000 | (25 - PLACE) << 10 | ((1 << BITS) - 1) << (PLACE - 1);
+        u32 numbers = (codes & (((1u << BITS) - 1) << PLACE) * BOTH) | exponents;
+        return multiply_add_half2(numbers, factor * BOTH, offset * BOTH);
+    }
+
+    // The I-th of a word's pairs; `swapped`: the word with the bytes of each half exchanged.
+    template <int I>
+    static __device__ __forceinline__ u32 pair_of(u32 word, u32 swapped, u32 exponents) {
+        constexpr int START = 1 + I * STEP, ELSEWHERE = (START + 8) % 16;
+        if constexpr (START + BITS <= 10) return levels<START>(word, exponents);
+        if constexpr (START + BITS > 10 && ELSEWHERE >= 1 && ELSEWHERE + BITS <= 10) return levels<ELSEWHERE>(swapped, exponents);
+        if constexpr (START + BITS > 10 && (ELSEWHERE < 1 || ELSEWHERE + BITS > 10)) return levels<1>(word >> (START - 1), exponents);
+    }
+
+    // The n-th bit of a half that lies in no code.
+    static __device__ constexpr int spare_bit(int n) {
+        int bit = 0;
+        for (;; ++bit) {
+            bool taken = false;
+            for (int i = 0; i < IN_WORD * BITS; ++i) taken = taken || (1 + i / BITS * STEP + i % BITS) % 16 == bit;
+            if (!taken && n-- == 0) return bit;
         }
+    }
+
+    // The LEFT-th of the pairs left over, whose bits are the spare ones of the words in turn: from bit BIT on, at bit 1.
+    template <int LEFT, int BIT = 0>
+    static __device__ __forceinline__ u32 gather(const u32 (&words)[WIDTH]) {
+        constexpr int PLANE = LEFT * BITS + BIT, FROM = spare_bit(PLANE % SPARE), TO = BIT + 1;
+        u32 word = words[PLANE / SPARE], bits = (FROM < TO ? word << (TO - FROM) : word >> (FROM - TO)) & BOTH << TO;
+        if constexpr (TO < BITS) bits |= gather<LEFT, TO>(words);
+        return bits;
+    }
+
+    template <int BLOCK, int I = 0>
+    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, u32 exponents, u32 (&weights)[BLOCK_PAIRS]) {
+        constexpr int PAIR = BLOCK * BLOCK_PAIRS + I, WORD = PAIR / IN_WORD;
+        if constexpr (WORD < WIDTH) {
+            u32 word = unit.words[WORD];
+            weights[I] = pair_of<PAIR % IN_WORD>(word, permute(word, 0, 0x2301), exponents);
+        } else {
+            weights[I] = levels<1>(gather<PAIR - WIDTH * IN_WORD>(unit.words), exponents);
+        }
+        if constexpr (I + 1 < BLOCK_PAIRS) decode<BLOCK, I + 1>(unit, exponents, weights);
     }
 };
 
@@ -169,7 +212,7 @@ struct BytePlanes {
     }
 };
 
-// vq, and int and nuq at low rates, up to 8 bits a pair: the table entry of a pair's code, or of two pairs' codes where
+// vq, and nuq at low rates, up to 8 bits a pair: the table entry of a pair's code, or of two pairs' codes where
 // these have 8 bits or less. A code is one byte of an octet, and entries are 256 bytes apart, so one byte permutation
 // makes an address. Every lane has its own copy: no bank conflicts.
 template <int WIDTH>
@@ -182,9 +225,7 @@ struct ByteDecoder {
     static __device__ __forceinline__ u32 pair(const u16* codebook, int code) {
         if constexpr (FAMILY == VQ) return reinterpret_cast<const u32*>(codebook)[code];
         int first = code & ((1 << WIDTH / 2) - 1), second = code >> WIDTH / 2;
-        if constexpr (FAMILY == NUQ) return codebook[first] | static_cast<u32>(codebook[second]) << 16;
-        float half = ((1 << WIDTH / 2) - 1) * 0.5f;
-        return float_to_half(first - half) | static_cast<u32>(float_to_half(second - half)) << 16;
+        return codebook[first] | static_cast<u32>(codebook[second]) << 16;
     }
 
     static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {

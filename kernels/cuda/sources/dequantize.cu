@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(
     if constexpr (Decoder::ENTRIES > 0) {
         TableFilling<Decoder, 32 * WARPS> filling;
         filling.ask(codebook);
-        filling.store(shared);
+        filling.store();
     }
     block_sync();
     u32 table_lane = Decoder::lane_offset();
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(
     for (int item = warp; item < row_tiles * units; item += warps) {
         int row_tile = item / units, first_column = item % units * UNIT_COLUMNS;
         Unit<WIDTH_LOW> unit;
-        unit.load(packed + static_cast<u64>(item) * Unit<WIDTH_LOW>::BYTES);
+        unit.load(packed + static_cast<u64>(item) * unit.BYTES + lane_index() * unit.LANE_BYTES);
         Decoder::finish(unit);
         const u16* row_scales = scales + row_tile * 16 + row;
         float scale[2] = {half_to_float(row_scales[0]), half_to_float(row_scales[8])};

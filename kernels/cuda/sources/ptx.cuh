@@ -64,13 +64,44 @@ __device__ __forceinline__ Words2 lookup_two(u32 offset) {
     return words;
 }
 
-// Words of shared memory BYTES after an address, where `active`; elsewhere the old contents stay.
+// The words `offset` + BYTES bytes into dynamic shared memory, where `active`; elsewhere anything.
 template <int BYTES>
-__device__ __forceinline__ void load_shared_if(Words4& words, u32 address, bool active) {
+__device__ __forceinline__ void load_shared_if(Words4& words, u32 offset, bool active) {
     asm volatile(
         "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %6]; }"
-        : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
-        : "r"(address), "r"(static_cast<u32>(active)), "n"(BYTES));
+        : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+        : "r"(offset), "r"(static_cast<u32>(active)), "n"(SHARED_BASE + BYTES));
+}
+
+__device__ __forceinline__ Words4 load_shared_four(u32 offset) {
+    Words4 words;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "r"(offset), "n"(SHARED_BASE)
+                 : "memory");
+    return words;
+}
+
+__device__ __forceinline__ u32 load_shared_word(u32 offset) {
+    u32 word;
+    asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(word) : "r"(offset), "n"(SHARED_BASE) : "memory");
+    return word;
+}
+
+__device__ __forceinline__ u16 load_shared_half(u32 offset) {
+    u16 half;
+    asm volatile("ld.shared.b16 %0, [%1 + %2];" : "=h"(half) : "r"(offset), "n"(SHARED_BASE) : "memory");
+    return half;
+}
+
+__device__ __forceinline__ void store_shared(u32 offset, const Words4& words) {
+    asm volatile("st.shared.v4.b32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(offset), "n"(SHARED_BASE), "r"(words.x),
+                 "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 offset, u32 word) {
+    asm volatile("st.shared.b32 [%0 + %1], %2;" ::"r"(offset), "n"(SHARED_BASE), "r"(word) : "memory");
 }
 
 // Words of global memory that are read once, where `active`; elsewhere the old contents stay.
@@ -100,6 +131,9 @@ __device__ __forceinline__ u32 funnel_shift(u32 low, u32 high, u32 shift) {
     return __funnelshift_r(low, high, shift);
 }
 
+// A number whose value the compiler does not know: grids here have one row.
+__device__ __forceinline__ u32 hidden(u32 value) { return value + (gridDim.y - 1); }
+
 // Bytes of second:first chosen by four selector digits, the least significant first.
 __device__ __forceinline__ u32 permute(u32 first, u32 second, u32 selector) {
     return __byte_perm(first, second, selector);
@@ -121,11 +155,11 @@ __device__ __forceinline__ void barrier_sync() {
 
 __device__ __forceinline__ void pause() { __nanosleep(20); }
 
-// Both halves of two fp16 pairs.
-__device__ __forceinline__ u32 add_half2(u32 a, u32 b) {
-    u32 sum;
-    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
-    return sum;
+// a * b + c for both halves of fp16 pairs, rounded once.
+__device__ __forceinline__ u32 multiply_add_half2(u32 a, u32 b, u32 c) {
+    u32 result;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+    return result;
 }
 
 __device__ __forceinline__ float half_to_float(u16 bits) {
@@ -186,9 +220,9 @@ __device__ __forceinline__ float exp2_fast(float power) {
     return value;
 }
 
-// 16 bytes from global to shared memory, asynchronously; both aligned to 16.
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+// 16 bytes from global memory to `offset` bytes into dynamic shared memory, asynchronously; both aligned to 16.
+__device__ __forceinline__ void copy_async(u32 offset, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16;" ::"r"(offset), "n"(SHARED_BASE), "l"(from) : "memory");
 }
 
 // Waits for all of this thread's copies.

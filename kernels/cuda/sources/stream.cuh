@@ -4,7 +4,8 @@
 // next ROWS rows of its group (every ROW_GROUPS-th), and no warp waits for another.
 //
 // The compiler counts these loads with one scoreboard, so that waiting for one step is waiting for all that were asked
-// for since. So the next step is asked for when the one before has come, and not earlier.
+// for since. So the next step is asked for when the one before has come, and not earlier; but a warp that has few steps asks
+// for STEPS_AT_START of them at once.
 #pragma once
 
 #include "decoders.cuh"
@@ -19,21 +20,23 @@ struct Stream {
     static constexpr int BYTES = Unit<WIDTH>::BYTES;
 
     Unit<WIDTH> units[2][ROWS];
-    const u8* next;   // what to fetch next, in the first of the rows
-    u32 row_bytes;    // from there to the same columns in the next row
-    u32 zero;         // 0, which the compiler does not know
+    const u8* next;   // what to fetch next in the first of the rows, at this lane's place,
+    int bytes_left;   // and what there is from there to the end of the block's rows
+    int row_bytes;    // of a row of tiles
+    u32 zero;         // hidden
     int columns;      // steps of the warp's columns, in each of the rows,
     int column_left;  // and from `next` to their end
-    int tiles_left;   // rows of tiles from `next` on; none or less at the end
 
     // `packed`: the block's first row of tiles, of `stride_units` units; `chunk`: where the block's columns begin there.
     __device__ __forceinline__ void begin(const u8* packed, int stride_units, int chunk, const Share& share) {
         columns = column_left = share.units;
-        zero = gridDim.y - 1;
         row_bytes = stride_units * BYTES;
-        tiles_left = columns == 0 ? 0 : share.tiles - share.group * ROWS;
-        next = packed + static_cast<u64>(share.group * ROWS) * row_bytes + (chunk + share.first) * BYTES;
+        int before = share.group * ROWS * row_bytes + (chunk + share.first) * BYTES;
+        bytes_left = columns == 0 ? 0 : share.tiles * row_bytes - before;
+        next = packed + (before + lane_index() * Unit<WIDTH>::LANE_BYTES);
+        zero = hidden(0);
         fetch(0);
+        if constexpr (STEPS_AT_START > 1) fetch(1);
     }
 
     // Asks for a step once `arrived` has come.
@@ -45,11 +48,13 @@ struct Stream {
     __device__ __forceinline__ void fetch(int place) {
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            units[place][row].load(next + row * row_bytes, row < tiles_left && (WITHOUT & WITHOUT_WEIGHTS) == 0);
+            bool active = row * row_bytes < bytes_left && (WITHOUT & WITHOUT_WEIGHTS) == 0;
+            units[place][row].load(next + row * row_bytes, active);
         }
         bool last = --column_left == 0;
-        next += last ? ROW_GROUPS * ROWS * row_bytes - (columns - 1) * BYTES : BYTES;
+        int further = last ? ROW_GROUPS * ROWS * row_bytes - (columns - 1) * BYTES : BYTES;
+        next += further;
+        bytes_left -= further;
         column_left = last ? columns : column_left;
-        tiles_left -= last ? ROW_GROUPS * ROWS : 0;
     }
 };

@@ -24,59 +24,37 @@ __device__ __forceinline__ u32 scale_pair(u32 pair, float scale) {
 // The largest magnitude of two bf16 values, as bits.
 __device__ __forceinline__ u32 larger_of(u32 pair) { return max(pair & 0x7FFF, pair >> 16 & 0x7FFF); }
 
-// Brings x (batch, in_features) to shared memory with the last LOADERS warps of the block, in pieces of 8 columns.
+__device__ __forceinline__ u32 largest_of(const Words4& words) {
+    return max(max(larger_of(words.x), larger_of(words.y)), max(larger_of(words.z), larger_of(words.w)));
+}
+
+// Brings x (batch, in_features) to shared memory with the last LOADERS warps of the block, tiles of 16 columns in the order
+// in which a multiplication's B operand has them in its registers: pairs 0, 4, 1, 5, 2, 6, 3, 7.
+// `tokens`, `factors`, `shared_max` (LOADERS * TOKENS words; bf16 only): where to, bytes into dynamic shared memory.
 template <int LOADERS>
 struct TokenFilling {
     static constexpr int SHARERS = LOADERS > TOKENS ? LOADERS / TOKENS : 1;  // warps for a token
     static constexpr int AT_ONCE = LOADERS / SHARERS;                        // tokens
-    static constexpr int FLIGHT = 4;                                         // pieces of a thread in flight
-    static constexpr int STEP = SHARERS * 32;                                // pieces from one to the next
+    static constexpr int FLIGHT = 2;                                         // tiles of a thread in flight
+    static constexpr int STEP = SHARERS * 32;                                // tiles from one to the next
 
     Segment low, high;
     const u16* x;
     int in_features, batch, warp;
 
-    __device__ __forceinline__ int pieces() const { return (low.units() + high.units()) * 16; }
-    __device__ __forceinline__ int first_piece() const { return warp % SHARERS * 32 + lane_index(); }
+    __device__ __forceinline__ int first_tile() const { return warp % SHARERS * 32 + lane_index(); }
     __device__ __forceinline__ int first_token() const { return warp / SHARERS; }
 
-    __device__ __forceinline__ void load(Words4 (&values)[FLIGHT], int token, int start) const {
-        int low_pieces = low.units() * 16;
-#pragma unroll
-        for (int i = 0; i < FLIGHT; ++i) {
-            int piece = start + i * STEP;
-            bool is_low = piece < low_pieces;
-            int column = is_low ? low.first * 128 + 8 * piece : high.first * 128 + 8 * (piece - low_pieces);
-            values[i] = Words4{};
-            if (piece < pieces() && column < (is_low ? low.columns : high.columns)) {
-                const u16* row = x + static_cast<u64>(token) * in_features;
-                values[i] = *reinterpret_cast<const Words4*>(row + (is_low ? low.column : high.column) + column);
-            }
-        }
-    }
-
-    // `shared_max`: LOADERS * TOKENS words.
-    __device__ __forceinline__ void fill(u16* tokens, int stride, float* factors, u32* shared_max) const {
-        int lane = lane_index(), part = warp % SHARERS;
+    __device__ __forceinline__ void fill(u32 tokens, u32 stride, u32 factors, u32 shared_max) const {
+        int part = warp % SHARERS;
         for (int token = first_token(); token < batch; token += AT_ONCE) {
-            Words4* to = reinterpret_cast<Words4*>(tokens + token * stride);
-            u32 largest = 0;
-            for (int start = first_piece(); start < pieces(); start += FLIGHT * STEP) {
-                Words4 values[FLIGHT];
-                load(values, token, start);
-#pragma unroll
-                for (int i = 0; i < FLIGHT; ++i) {
-                    int piece = start + i * STEP;
-                    const Words4& v = values[i];
-                    if (piece < pieces()) to[piece] = v;
-                    largest = max(largest, max(max(larger_of(v.x), larger_of(v.y)), max(larger_of(v.z), larger_of(v.w))));
-                }
-            }
+            const u16* from = x + static_cast<u64>(token) * in_features;
+            u32 to = tokens + token * stride;
+            u32 largest = copy(from, to, low);
+            if constexpr (WIDTH_HIGH != 0) largest = max(largest, copy(from, to + low.units() * UNIT_COLUMNS * 2, high));
             if constexpr (BFLOAT) {
                 largest = warp_max(largest);
-                if (lane == 0) shared_max[token * SHARERS + part] = largest;
-            } else if (part == 0 && lane == 0) {
-                factors[token] = 1.0f;
+                if (lane_index() == 0) store_shared(shared_max + 4 * (token * SHARERS + part), largest);
             }
         }
         if constexpr (BFLOAT) {
@@ -85,19 +63,53 @@ struct TokenFilling {
         }
     }
 
-    __device__ __forceinline__ void scale(u16* tokens, int stride, float* factors, const u32* shared_max) const {
-        int lane = lane_index(), part = warp % SHARERS;
+    // This thread's share of one token's columns of a segment; the largest magnitude among them, as bits of a bf16.
+    __device__ __forceinline__ u32 copy(const u16* row, u32 to, const Segment& segment) const {
+        int first = first_tile(), left = segment.units() * 8 - first;
+        int real = segment.columns / 16 - segment.first * 8 - first;  // tiles of columns; those behind are zeros
+        const Words4* from = reinterpret_cast<const Words4*>(row + segment.column + segment.first * UNIT_COLUMNS) + 2 * first;
+        to += 32 * first;
+        u32 largest = 0;
+#pragma unroll 1
+        for (; left > 0; left -= FLIGHT * STEP, real -= FLIGHT * STEP) {
+            Words4 values[FLIGHT][2];
+#pragma unroll
+            for (int i = 0; i < FLIGHT; ++i) {
+                values[i][0] = values[i][1] = Words4{};
+                if (i * STEP < min(left, real)) values[i][0] = from[2 * i * STEP], values[i][1] = from[2 * i * STEP + 1];
+            }
+#pragma unroll
+            for (int i = 0; i < FLIGHT; ++i) {
+                const Words4 &front = values[i][0], &back = values[i][1];
+                if (i * STEP < left) {
+                    store_shared(to + 32 * i * STEP, Words4{front.x, back.x, front.y, back.y});
+                    store_shared(to + 32 * i * STEP + 16, Words4{front.z, back.z, front.w, back.w});
+                }
+                if constexpr (BFLOAT) largest = max(largest, max(largest_of(front), largest_of(back)));
+            }
+            from += 2 * FLIGHT * STEP;
+            to += 32 * FLIGHT * STEP;
+        }
+        return largest;
+    }
+
+    __device__ __forceinline__ void scale(u32 tokens, u32 stride, u32 factors, u32 shared_max) const {
+        int part = warp % SHARERS, pieces = (low.units() + high.units()) * 16;
         for (int token = first_token(); token < batch; token += AT_ONCE) {
             u32 largest = 0;
-            for (int i = 0; i < SHARERS; ++i) largest = max(largest, shared_max[token * SHARERS + i]);
+            for (int i = 0; i < SHARERS; ++i) {
+                largest = max(largest, load_shared_word(shared_max + 4 * (token * SHARERS + i)));
+            }
             int shift = min(141 - static_cast<int>(largest >> 7), 126);
-            if (part == 0 && lane == 0) factors[token] = bits_to_float((127 - shift) << 23);
+            if (part == 0 && lane_index() == 0) store_shared(factors + 4 * token, (127 - shift) << 23);
             float power = bits_to_float((127 + shift) << 23);
-            Words4* own = reinterpret_cast<Words4*>(tokens + token * stride);
-            for (int piece = first_piece(); piece < pieces(); piece += STEP) {
-                Words4 v = own[piece];
-                own[piece] = Words4{
-                    scale_pair(v.x, power), scale_pair(v.y, power), scale_pair(v.z, power), scale_pair(v.w, power)};
+            for (int piece = first_tile(); piece < pieces; piece += STEP) {
+                u32 own = tokens + token * stride + 16 * piece;
+                Words4 v = load_shared_four(own);
+                store_shared(
+                    own,
+                    Words4{
+                        scale_pair(v.x, power), scale_pair(v.y, power), scale_pair(v.z, power), scale_pair(v.w, power)});
             }
         }
     }

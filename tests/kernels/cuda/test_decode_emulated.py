@@ -18,6 +18,11 @@ LIMITS = Limits(multiprocessors=3, shared_bytes=227 << 10)
 
 CASES = [
     ("int-3", (48, 256), 1, torch.float16, Tuning(4)),
+    ("int-2", (48, 256), 2, torch.float16, Tuning(4, steps_at_start=2)),
+    ("int-4", (48, 256), 1, torch.float16, Tuning(4)),
+    ("int-5", (64, 256), 1, torch.float16, Tuning(4, rows=1, steps_at_start=2)),
+    ("int-6", (48, 256), 1, torch.float16, Tuning(4)),
+    ("int-8", (48, 256), 1, torch.float16, Tuning(4)),
     ("int-7", (96, 160), 3, torch.bfloat16, Tuning(4, replicas=1, rows=1)),
     ("nuq-2", (144, 512), 1, torch.float16, Tuning(8, row_groups=2)),
     ("nuq-4", (80, 384), 4, torch.float16, Tuning(4, rows=1, row_groups=2)),
@@ -26,7 +31,7 @@ CASES = [
     ("vq-2.5", (208, 416), 13, torch.float16, Tuning(4, rows=1, waves=2)),
     ("vq-3.5", (64, 1184), 2, torch.float16, Tuning(4, rows=1)),
     ("vq-5", (64, 320), 1, torch.float16, Tuning(4, replicas=4)),
-    ("tcq-3", (112, 640), 1, torch.bfloat16, Tuning(8, replicas=8)),
+    ("tcq-3", (112, 640), 1, torch.bfloat16, Tuning(8, replicas=8, steps_at_start=2)),
     ("tcq-4.5", (32, 320), 5, torch.float16, Tuning(4, replicas=4, signed=False, splits=2)),
     ("half-tcq-2.75", (176, 544), 2, torch.float16, Tuning(8, replicas=4, row_groups=2)),
     ("half-tcq-3.25", (64, 576), 1, torch.float16, Tuning(4, replicas=4, splits=2, rows=1)),

@@ -9,7 +9,7 @@ from msq.kernels.cuda.layout import from_units, pair_width, plane_bits, prepare,
 from msq.kernels.quantize import coders, decode_unit
 from msq.kernels.quantizers.codes import state_points
 from msq.kernels.quantizers.trellis import TrellisCoder
-from msq.kernels.specs import default_palette
+from msq.kernels.specs import Family, QuantizerSpec, default_palette
 
 SPECS = {spec.label: spec for spec in default_palette()}
 
@@ -38,17 +38,37 @@ def plane_code(words: int, width: int, bits: int, n: int) -> int:
     return code
 
 
-def lane_streams(unit: torch.Tensor, width: int, bits: int) -> list[int]:
-    """The codes of each lane's pairs one behind another; `bits`: of the codes in byte planes, or 0."""
+def half_plane_code(words: int, width: int, n: int) -> int:
+    """Code `n` of a lane whose words are half planes: that of pair ``n // 2``, in half ``n % 2`` of a word."""
+    bits, (pair, half) = width // 2, divmod(n, 2)
+    step = bits if bits <= 5 else 8
+    first, in_word = 16 * half, 16 // step
+    codes = [[(1 + place * step + bit) % 16 for bit in range(bits)] for place in range(in_word)]
+    spare = [bit for bit in range(16) if bit not in sum(codes, [])]
+    if pair < width * in_word:
+        word, place = divmod(pair, in_word)
+        places = [(word, bit) for bit in codes[place]]
+    else:
+        left = (pair - width * in_word) * bits
+        places = [(i // len(spare), spare[i % len(spare)]) for i in range(left, left + bits)]
+    return sum((words >> 32 * word + first + bit & 1) << i for i, (word, bit) in enumerate(places))
+
+
+def lane_streams(unit: torch.Tensor, width: int, spec: QuantizerSpec) -> list[int]:
+    """The codes of each lane's pairs one behind another."""
     streams = lane_words(unit, width)
+    if spec.family is Family.INT:
+        half = width // 2
+        return [sum(half_plane_code(words, width, n) << half * n for n in range(64)) for words in streams]
+    bits = plane_bits(spec, width)
     if bits == 0:
         return streams
     return [sum(plane_code(words, width, bits, n) << bits * n for n in range(32 * width // bits)) for words in streams]
 
 
-def decode_lanes(unit: torch.Tensor, width: int, bits: int, coder, codebook: torch.Tensor) -> torch.Tensor:
+def decode_lanes(unit: torch.Tensor, width: int, spec: QuantizerSpec, coder, codebook: torch.Tensor) -> torch.Tensor:
     """``(16, 128)``: what the lanes of a warp decode of a unit, put where the multiplications take it to be."""
-    streams, run_bits = lane_streams(unit, width, bits), 16 * width
+    streams, run_bits = lane_streams(unit, width, spec), 16 * width
     points = state_points(codebook, coder.state_bits) if isinstance(coder, TrellisCoder) else None
     result = torch.full((16, 128), torch.nan)
     for lane, block in ((lane, block) for lane in range(32) for block in range(2)):
@@ -70,7 +90,24 @@ def decode_lanes(unit: torch.Tensor, width: int, bits: int, coder, codebook: tor
 
 @pytest.mark.parametrize(
     "label",
-    ["int-3", "nuq-2", "nuq-5", "vq-1.5", "vq-2.5", "vq-3.5", "vq-4", "tcq-1.5", "tcq-4", "tcq-4.5", "half-tcq-2.75"],
+    [
+        "int-2",
+        "int-3",
+        "int-5",
+        "int-6",
+        "int-7",
+        "int-8",
+        "nuq-2",
+        "nuq-5",
+        "vq-1.5",
+        "vq-2.5",
+        "vq-3.5",
+        "vq-4",
+        "tcq-1.5",
+        "tcq-4",
+        "tcq-4.5",
+        "half-tcq-2.75",
+    ],
 )
 def test_lanes_decode_what_the_twin_does(label):
     spec = SPECS[label]
@@ -79,7 +116,7 @@ def test_lanes_decode_what_the_twin_does(label):
     for units, coder, columns in zip(prepared.units, coders(spec), prepared.segment_columns, strict=True):
         row, last = 1, units.shape[1] - 1
         for unit in {0, last}:
-            found = decode_lanes(units[row, unit], coder.width, plane_bits(spec, coder.width), coder, weight.codebook)
+            found = decode_lanes(units[row, unit], coder.width, spec, coder, weight.codebook)
             here = expected[16 * row :, start + 128 * unit : start + min(128 * unit + 128, columns)]
             assert torch.equal(found[:, : here.shape[1]], here)
         start += columns

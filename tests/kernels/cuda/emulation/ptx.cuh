@@ -62,6 +62,7 @@ inline void check_shared_base(const void*) {}
 inline u32 lookup(u32 offset) { return *(const u32*)(dynamic_shared + offset); }
 inline Words2 lookup_two(u32 offset) { return *(const Words2*)(dynamic_shared + offset); }
 inline u32 funnel_shift(u32 low, u32 high, u32 shift) { return (u32)(((u64)high << 32 | low) >> shift); }
+inline u32 hidden(u32 value) { return value; }
 inline u32 permute(u32 first, u32 second, u32 selector) {
     u64 both = (u64)second << 32 | first;
     u32 result = 0;
@@ -83,25 +84,39 @@ inline void barrier_sync() {
 }
 inline void pause() {}
 inline float half_of(u32 pair, int side) { return half_to_float((u16)(pair >> 16 * side)); }
-inline u32 add_half2(u32 a, u32 b) {
-    u32 low = float_to_half(half_of(a, 0) + half_of(b, 0)), high = float_to_half(half_of(a, 1) + half_of(b, 1));
-    return low | high << 16;
+inline u32 multiply_add_half2(u32 a, u32 b, u32 c) {
+    u32 result = 0;
+    for (int side = 0; side < 2; ++side) {
+        double exact = (double)half_of(a, side) * half_of(b, side) + half_of(c, side);
+        result |= (u32)float_to_half((float)exact) << 16 * side;
+    }
+    return result;
 }
 
 template <class Words>
 inline void load_once_if(Words& words, const void* pointer, bool active) {
     if (active) std::memcpy(&words, pointer, sizeof words);
 }
-inline u32 shared_address(const void* pointer) { return (u32)((const u8*)pointer - dynamic_shared); }
 template <int BYTES>
-inline void load_shared_if(Words4& words, u32 address, bool active) {
-    if (active) std::memcpy(&words, dynamic_shared + address + BYTES, sizeof words);
+inline void load_shared_if(Words4& words, u32 offset, bool active) {
+    if (active) std::memcpy(&words, dynamic_shared + offset + BYTES, sizeof words);
 }
+template <class Value>
+inline Value load_shared(u32 offset) {
+    Value value;
+    std::memcpy(&value, dynamic_shared + offset, sizeof value);
+    return value;
+}
+inline Words4 load_shared_four(u32 offset) { return load_shared<Words4>(offset); }
+inline u32 load_shared_word(u32 offset) { return load_shared<u32>(offset); }
+inline u16 load_shared_half(u32 offset) { return load_shared<u16>(offset); }
+inline void store_shared(u32 offset, const Words4& words) { std::memcpy(dynamic_shared + offset, &words, sizeof words); }
+inline void store_shared(u32 offset, u32 word) { std::memcpy(dynamic_shared + offset, &word, sizeof word); }
 inline u32 load_global(const u32* pointer) { return *pointer; }
 inline void store_global(u32* pointer, u32 value) { *pointer = value; }
 inline u32 count_up(u32* counter) { return (*counter)++; }
 inline float exp2_fast(float power) { return std::exp2(power); }
-inline void copy_async(void* to, const void* from) { std::memcpy(to, from, 16); }
+inline void copy_async(u32 offset, const void* from) { std::memcpy(dynamic_shared + offset, from, 16); }
 inline void copy_wait() {}
 
 // PTX, "Matrix fragments for mma.m16n8k16": lane 4 g + t holds rows g and g + 8 of the weights and column g of the tokens.

@@ -156,7 +156,7 @@ def _divide(
         return None
     block_tiles = -(-row_tiles // chunk_blocks)
     table_bytes = table_size(spec, tuning.replicas, tuning.signed)
-    factors = (tuning.warps + 1) * tokens * 4
+    factors = tuning.warps * tokens * 4
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
     shared_bytes = table_bytes + factors + -factors % 16 + 4 * slots
     shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * (sum(units) * UNIT_COLUMNS + 8)

@@ -32,7 +32,7 @@ using High = Choose<SECOND_WIDTH>::Decoder;
 
 // Offsets in shared memory; after the factors come the slots of sums, the scales and biases of the block's rows, the tokens.
 constexpr int FACTOR_OFFSET = Low::TABLE_BYTES;
-constexpr int SUMS_OFFSET = (FACTOR_OFFSET + (WARPS + 1) * TOKENS * 4 + 15) & ~15;
+constexpr int SUMS_OFFSET = (FACTOR_OFFSET + WARPS * TOKENS * 4 + 15) & ~15;
 constexpr int ROW_SUMS = SLOTS * TILE_SUMS * 4;  // bytes of the slots of a row of tiles
 constexpr int ROW_BYTES = 2 * 16;                // of the scales, or the biases, of a row of tiles
 
@@ -58,19 +58,21 @@ __device__ __forceinline__ void multiply_block(
     Sums& sums, const u32 (&weights)[BLOCK_PAIRS], const Fragments& fragments) {
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
-        const Words4 &first = fragments[tile][0], &second = fragments[tile][1];
-        multiply_add(sums[tile][0], weights, first.x, first.y);
-        multiply_add(sums[tile][1], weights + 4, first.z, first.w);
-        multiply_add(sums[tile][0], weights + 8, second.x, second.y);
-        multiply_add(sums[tile][1], weights + 12, second.z, second.w);
+        // A multiplication's 16 columns are 8 neighbouring ones, so that the tokens' registers are neighbours too.
+        const Words4 &front = fragments[tile][0], &back = fragments[tile][1];  // columns 0 .. 7 and 8 .. 15 of a tile
+        const u32* w = weights;
+        multiply_add(sums[tile][0], w[0], w[1], w[4], w[5], front.x, front.y);
+        multiply_add(sums[tile][1], w[8], w[9], w[12], w[13], front.z, front.w);
+        multiply_add(sums[tile][0], w[2], w[3], w[6], w[7], back.x, back.y);
+        multiply_add(sums[tile][1], w[10], w[11], w[14], w[15], back.z, back.w);
     }
 }
 
 // Where in a slot a lane's first sum lies.
 __device__ __forceinline__ u32 first_sum() { return 4 * (lane_index() % 4 * 2 * TOKEN_STRIDE + lane_index() / 4); }
 
-// to: of the slot, at this lane's place.
-__device__ __forceinline__ void store_sums(u32 to, const Sums& sums) {
+// to: of the slot, at this lane's place. factors: of the warp's tokens, for bf16.
+__device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors) {
     int token = lane_index() % 4 * 2;
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
@@ -78,6 +80,7 @@ __device__ __forceinline__ void store_sums(u32 to, const Sums& sums) {
         for (int i = 0; i < 4; ++i) {
             int further = 8 * tile + i % 2;
             float sum = sums[tile][0][i] + sums[tile][1][i];
+            if (BFLOAT && token + further < TOKENS) sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
             if (token + further < TOKENS) store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * (i / 2)), float_to_bits(sum));
         }
     }
@@ -93,6 +96,7 @@ struct Worker {
     u32 table_lane;
     u32 first_tokens;  // those of the share's first column, at this lane's place
     u32 token_stride;
+    u32 factors;       // of the warp's tokens
     int batch;
     u32 slot;          // of the warp, for the first of the step's rows, at this lane's place
     int tiles;         // rows of tiles from there on
@@ -129,7 +133,7 @@ struct Worker {
     __device__ __forceinline__ void store_rows() {
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
-            if (row < tiles) store_sums(slot + row * ROW_SUMS, sums[row]);
+            if (row < tiles) store_sums(slot + row * ROW_SUMS, sums[row], factors);
         }
     }
 
@@ -222,7 +226,6 @@ __device__ __forceinline__ void finish_rows(const Output& to, int chunk, int fir
         float sum = 0;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) sum += bits_to_float(load_shared_word(from + slot * TILE_SUMS * 4));
-        if constexpr (BFLOAT) sum *= bits_to_float(load_shared_word(FACTOR_OFFSET + 4 * token));
         u32 output_row = (first_tile + tile) * 16 + row, row_in_block = tile * 16 + row;
         if constexpr (SPLITS > 1) {
             u32* slot = to.workspace + (static_cast<u64>(first_tile + tile) * TOKENS + token) * 16 + row;
@@ -261,21 +264,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     u32 tokens = row_bias + most_tiles * ROW_BYTES;
     u32 token_stride = ((low.units() + high.units()) * UNIT_COLUMNS + 8) * 2;  // 8 more: loads without bank conflicts
 
-    // Half of the warps prepare the table, for which they have asked before, while the others fetch the tokens.
-    constexpr int FILLERS = WARPS / 2, LOADERS = WARPS - FILLERS;
-    [[maybe_unused]] TableFilling<Low, 32 * FILLERS> table;
-    if constexpr (Low::ENTRIES > 0) {
-        if (warp < FILLERS) table.ask(codebook);
-    }
-    auto prepare_block = [&] {
-        if (warp < FILLERS) {
-            if constexpr (Low::ENTRIES > 0 && (WITHOUT & WITHOUT_TABLE) == 0) table.store();
-        } else if constexpr ((WITHOUT & WITHOUT_TOKENS) == 0) {
+    // The codebook is asked for first, as the first lookup waits for all of the table, and weights before tokens, which a
+    // kernel ahead may still be writing.
+    TableFilling<Low, THREADS> table;
+    if constexpr (Low::ENTRIES > 0) table.ask(codebook);
+    auto prepare = [&](const Share& share, const Segment& segment, u32 to, u32 factors) {
+        if constexpr (Low::ENTRIES > 0 && (WITHOUT & WITHOUT_TABLE) == 0) table.store();
+        if (Low::ENTRIES > 0 && ROW_GROUPS == 1) block_sync();
+        if ((WITHOUT & WITHOUT_TOKENS) == 0 && share.group == 0) {  // groups share tokens
             wait_for_previous_kernels();
-            TokenFilling<LOADERS> filling{low, high, x, columns_low + columns_high, batch, warp - FILLERS};
-            filling.fill(tokens, token_stride, FACTOR_OFFSET, FACTOR_OFFSET + 4 * TOKENS);
+            int first = (segment.first + share.first) * UNIT_COLUMNS;
+            TokenFilling{
+                x + segment.column + first, columns_low + columns_high, batch, share.units * 16,
+                (segment.columns - first) / 8, to, token_stride, factors}
+                .fill();
         }
-        block_sync();
+        if (ROW_GROUPS > 1) block_sync();
 #pragma unroll 1
         for (int i = threadIdx.x; i < tiles * 2; i += THREADS) {
             copy_async(row_scales + 16 * i, scales + first_tile * 16 + 8 * i);
@@ -283,24 +287,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         }
     };
 
-    // The weights are asked for before all that.
-    u32 my_tokens = tokens + lane_index() / 4 * token_stride + lane_index() % 4 * 32;
+    u32 lane_place = lane_index() / 4 * token_stride + lane_index() % 4 * 32;
     u64 tiles_before = first_tile;
     if (HIGH_WARPS == 0 || warp < LOW_WARPS) {
         Share share = share_of<LOW_COLUMNS>(warp, low, tiles);
-        Worker<Low, WIDTH_LOW> work{
-            {}, Low::lane_offset(), my_tokens + share.first * UNIT_COLUMNS * 2, token_stride, batch};
+        int column = warp % LOW_COLUMNS;
+        u32 own = tokens + share.first * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
+        Worker<Low, WIDTH_LOW> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share);
-        prepare_block();
-        work.multiply_share(share, warp % LOW_COLUMNS);
+        prepare(share, low, own, factors);
+        work.multiply_share(share, column);
     } else if constexpr (HIGH_WARPS > 0) {
         Share share = share_of<HIGH_COLUMNS>(warp - LOW_WARPS, high, tiles);
-        Worker<High, SECOND_WIDTH> work{
-            {}, Low::lane_offset(), my_tokens + (low.units() + share.first) * UNIT_COLUMNS * 2, token_stride, batch};
+        int column = LOW_COLUMNS + (warp - LOW_WARPS) % HIGH_COLUMNS;
+        u32 own = tokens + (low.units() + share.first) * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
+        Worker<High, SECOND_WIDTH> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(
             packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share);
-        prepare_block();
-        work.multiply_share(share, LOW_COLUMNS + (warp - LOW_WARPS) % HIGH_COLUMNS);
+        prepare(share, high, own, factors);
+        work.multiply_share(share, column);
     }
     copy_wait();
     block_sync();

@@ -147,11 +147,8 @@ __device__ __forceinline__ u32 warp_max(u32 value) { return __reduce_max_sync(0x
 
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 
-// A barrier of some of a block's warps; number 0 is `block_sync`.
-template <int NUMBER, int THREADS>
-__device__ __forceinline__ void barrier_sync() {
-    asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
-}
+// A warp's lanes see what the others have stored.
+__device__ __forceinline__ void warp_sync() { __syncwarp(); }
 
 __device__ __forceinline__ void pause() { __nanosleep(20); }
 
@@ -186,12 +183,12 @@ __device__ __forceinline__ float bits_to_float(u32 bits) { return __uint_as_floa
 
 __device__ __forceinline__ u32 float_to_bits(float value) { return __float_as_uint(value); }
 
-// sum (16x8 fp32) += weights (16x16 fp16) * tokens (16x8 fp16), fragments as in PTX's mma.m16n8k16.
-__device__ __forceinline__ void multiply_add(float (&sum)[4], const u32* weights, u32 low, u32 high) {
+// sum (16x8 fp32) += weights (16x16 fp16: a, b, c, d) * tokens (16x8 fp16), fragments as in PTX's mma.m16n8k16.
+__device__ __forceinline__ void multiply_add(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(weights[0]), "r"(weights[1]), "r"(weights[2]), "r"(weights[3]), "r"(low), "r"(high));
+        : "r"(a), "r"(b), "r"(c), "r"(d), "r"(low), "r"(high));
 }
 
 // Global memory that another block writes or reads during this kernel: never cached in a multiprocessor.

@@ -78,10 +78,7 @@ inline u32 warp_max(u32 value) {
     return value;
 }
 inline void block_sync() { emulator::barrier(); }
-template <int NUMBER, int THREADS>
-inline void barrier_sync() {
-    emulator::small_barrier(THREADS);
-}
+inline void warp_sync() { emulator::exchange({0}); }
 inline void pause() {}
 inline float half_of(u32 pair, int side) { return half_to_float((u16)(pair >> 16 * side)); }
 inline u32 multiply_add_half2(u32 a, u32 b, u32 c) {
@@ -120,8 +117,8 @@ inline void copy_async(u32 offset, const void* from) { std::memcpy(dynamic_share
 inline void copy_wait() {}
 
 // PTX, "Matrix fragments for mma.m16n8k16": lane 4 g + t holds rows g and g + 8 of the weights and column g of the tokens.
-inline void multiply_add(float (&sum)[4], const u32* weights, u32 low, u32 high) {
-    int slot = emulator::exchange({weights[0], weights[1], weights[2], weights[3], low, high});
+inline void multiply_add(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
+    int slot = emulator::exchange({a, b, c, d, low, high});
     int g = lane_index() / 4, t = lane_index() % 4;
     for (int i = 0; i < 4; ++i) {
         for (int source = 0; source < 4; ++source) {

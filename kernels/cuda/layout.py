@@ -11,9 +11,9 @@ of one pair, or of two where that is 8 bits or less, is to be a byte that one in
 a lane is the low bits of byte ``j`` of word ``i``; the codes left over are spread over the bits above: plane ``n`` of
 those, one bit in each of the four bytes, is the ``n % bits``-th of the codes ``4 * (width + n // bits) + j``.
 
-`int` has *half planes*: the codes of a pair are to lie at the same bits of a word's halves, so that one instruction brings
-both to where they are numbers. Bit 0 of the first code is bit 1 of its half, the others follow in steps of their bits, of 8
-from 6 bits on, around to bit 0; the codes left over take the bits left over, word by word.
+`int` has *half planes*: the codes of a pair are to lie at the same bits of a word's halves, so that one instruction
+brings both to where they are numbers. Bit 0 of the first code is bit 1 of its half, the others follow in steps of their
+bits, of 8 from 6 bits on, around to bit 0; the codes left over take the bits left over, word by word.
 
 No bit is changed and none added, unless the tiles of a row are no multiple of 8: then the last unit is filled up with
 zeros, which meet zeros in the input. Each segment of a two-rate quantizer is treated by itself.

@@ -3,8 +3,8 @@
 Its buffers are the weight in the kernels' layout, the rotation's tables and a workspace, so it moves between devices
 like any module, and on a CPU it runs on the operators' twins. The workspace is shared by all modules of a device: they
 must run one after another, on one stream, as the layers of a model do. Models that are to run at the same time get one
-each from `separate_workspace`. Codebooks of the same numbers are one tensor on a device, which so stays in its cache from
-layer to layer: a kernel decodes nothing before it has read its codebook.
+each from `separate_workspace`. Codebooks of the same numbers are one tensor on a device, which so stays in its cache
+from layer to layer: a kernel decodes nothing before it has read its codebook.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def half_plane_code(words: int, width: int, n: int) -> int:
     step = bits if bits <= 5 else 8
     first, in_word = 16 * half, 16 // step
     codes = [[(1 + place * step + bit) % 16 for bit in range(bits)] for place in range(in_word)]
-    spare = [bit for bit in range(16) if bit not in sum(codes, [])]
+    spare = sorted(set(range(16)).difference(*codes))
     if pair < width * in_word:
         word, place = divmod(pair, in_word)
         places = [(word, bit) for bit in codes[place]]

@@ -51,7 +51,7 @@ class Pool:
     def weights(
         self, spec: QuantizerSpec, out_features: int, in_features: int, *, cold: bool = True
     ) -> list[PreparedWeight]:
-        """Layers of random codes and scales and of one codebook, as in a model; the same ones for the same arguments."""
+        """Layers of random codes and scales, of one codebook as in a model; the same ones for the same arguments."""
         key = (spec, out_features, in_features, cold)
         if key not in self._weights:
             self._weights[key] = self._new_weights(*key)

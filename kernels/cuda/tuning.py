@@ -211,10 +211,8 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
     """The tuning that should be fastest; None where none fits."""
     signs = (True, False) if spec.has_trellis else (True,)
     replicas: tuple[int, ...] = (32, 16, 8, 4, 1)
-    if plane_bits(spec, pair_width(max(spec.rates))):
-        replicas = (32,)  # every lane has a copy of its own anyway
-    elif spec.family is Family.INT:
-        replicas = (1,)  # no table
+    if spec.family is Family.INT or plane_bits(spec, pair_width(max(spec.rates))):
+        replicas = (32,)  # no table, or every lane has a copy of its own anyway
     shape = (spec, out_features, in_features, batch, limits)
     for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
         if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
@@ -222,7 +220,13 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
         best: tuple[float, Tuning] | None = None
         for copies, signed, chunks, rows, groups in itertools.product(replicas, signs, splits, (2, 1), (1, 2, 4)):
             tuning = Tuning(
-                rows=rows, row_groups=groups, splits=chunks, replicas=copies, signed=signed, waves=1 << doublings
+                rows=rows,
+                steps_at_start=2 if rows == 1 else 1,
+                row_groups=groups,
+                splits=chunks,
+                replicas=copies,
+                signed=signed,
+                waves=1 << doublings,
             )
             division = _divide(*shape, tuning)
             if division is not None:
@@ -236,17 +240,21 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 
 # Cycles of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
 _UNIT_CYCLES = 40
-"""To decode a unit: its 32 lookups, and the loads of its codes and tokens."""
-_CONFLICTS = {32: 1.0, 16: 1.08, 8: 1.4, 4: 1.7, 1: 2.0}
+"""To decode a unit: its 32 lookups, and the loads of its codes."""
+_TOKEN_CYCLES = 2
+"""To load a token's fragments, once for all rows of a step."""
+_CONFLICTS = {32: 1.0, 16: 1.15, 8: 1.4, 4: 1.7, 1: 2.0}
 """What `_UNIT_CYCLES` grow by with fewer copies of the table."""
-_ONE_ROW = 1.12
-"""And where a warp has one row at a time."""
+_ONE_ROW = {"table of bytes": 1.12, "signed": 1.03, "smaller": 0.96}
+"""And where a warp has one row at a time, by the table: a trellis code's has all copies and both signs, or is smaller."""
 _UNSIGNED = 1.1
 """And where signs are set by an instruction of their own."""
 _FIRST_STEP_UNITS = 0.6
 """What more rows in the first step cost, before which nothing can be decoded: in units of all warps."""
-_SPLIT_CYCLES = 1500
-"""To wait for other blocks' sums."""
+_SPLIT_CYCLES = 1700
+"""To wait for the sums of each further block."""
+_GROUP_CYCLES = 500
+"""To wait for tokens that another group of warps brings."""
 _STORE_BYTES = 128
 """Of shared memory that a cycle writes; half of the table's time is spent waiting for weights anyway."""
 
@@ -255,12 +263,17 @@ def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning
     """Cycles of the busiest multiprocessor, but for what all tunings have in common."""
     rounds = -(-division.block_tiles // (tuning.rows * tuning.row_groups))
     units = rounds * tuning.rows * _most_units(division.units, division.warps, tuning.row_groups)
-    unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas] * (_ONE_ROW if tuning.rows == 1 else 1)
+    unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas]
+    if tuning.rows == 1:
+        whole = tuning.signed and tuning.replicas == max(_CONFLICTS)
+        unit *= _ONE_ROW["table of bytes" if not spec.has_trellis else "signed" if whole else "smaller"]
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED
+    unit += _TOKEN_CYCLES * _tokens(batch) / tuning.rows
     decoding = tuning.warps * unit * (units + _FIRST_STEP_UNITS * tuning.rows)
     slots = division.block_tiles * (tuning.warps // tuning.row_groups)
     adding = 2 * slots * max(1, _tokens(batch) * TILE / 32)
     start = 0.5 * division.table_bytes / _STORE_BYTES + 2 * batch * sum(division.units) * UNIT_COLUMNS / _STORE_BYTES
-    waiting = _SPLIT_CYCLES + (tuning.splits - 1) * division.block_tiles * batch if tuning.splits > 1 else 0
+    waiting = (tuning.splits - 1) * (_SPLIT_CYCLES + division.block_tiles * batch)
+    waiting += _GROUP_CYCLES if tuning.row_groups > 1 else 0
     return tuning.waves * (decoding + adding + start) + waiting

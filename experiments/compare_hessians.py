@@ -28,7 +28,7 @@ from ..planner.executor.apply import apply_plan
 from ..planner.executor.load import load_checkpoint
 from ..planner.plan import Plan
 from ..planner.solve import find_plan
-from ..profiles.hessians import Calibration, calibration
+from ..profiles.calibration import Calibration, calibration
 from ..profiles.job import ProfileSettings, run_profile
 from ..profiles.model_source import resolve_model
 from ..profiles.models import choose_device, load_model, token_windows

@@ -18,7 +18,7 @@ import torch
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.executor.apply import apply_plan
 from msq.planner.plan import load_plan
-from msq.profiles.hessians import calibration
+from msq.profiles.calibration import calibration
 from msq.profiles.job import ProfileSettings, run_profile
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")

@@ -39,9 +39,9 @@ class BlockLoss:
 
 
 def stored_tensors(weights: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-    """Scales and codebooks of layers by their names in a checkpoint, on the CPU."""
+    """Scales and codebooks of layers by their names in a checkpoint, copied to the CPU."""
     return {
-        f"{layer}.{name}": tensor.cpu()
+        f"{layer}.{name}": tensor.to("cpu", copy=True)
         for layer, weight in weights.items()
         for name, tensor in weight.tensors()
         if name in TUNED
@@ -162,10 +162,13 @@ def _size(parameter: Tensor) -> float:
     return float(parameter.detach().square().mean().sqrt()) or 1.0
 
 
+@torch.no_grad()
 def _loss(model: StreamedModel, block: nn.Module, inputs: Sequence[Tensor], target: Sequence[Tensor]) -> float:
-    """Squared error over all batches, relative to the power of the target."""
+    """Squared error over all batches, relative to the power of the target; not finite where descent went astray."""
     error = power = 0.0
-    for found, wanted in zip(model.run(block, inputs), target, strict=True):
-        error += float((found - wanted).double().square().sum())
-        power += float(wanted.double().square().sum())
+    for number, batch in enumerate(target):
+        wanted = batch.to(model.device)
+        found = block(inputs[number].to(model.device), **model.arguments(number))
+        error += float((found - wanted).square().sum(dtype=torch.float64))
+        power += float(wanted.square().sum(dtype=torch.float64))
     return error / power

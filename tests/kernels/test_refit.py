@@ -11,7 +11,7 @@ from msq.kernels.hessian import Hessian
 from msq.kernels.linear import QuantizedLinear, stack
 from msq.kernels.quantize import decode_unit, quantize
 from msq.kernels.refit import FittedLayer, refit
-from msq.kernels.rotation import rotate
+from msq.kernels.rotation import rotate, unrotate
 from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from msq.kernels.tunable import TunableLinear
 
@@ -54,18 +54,10 @@ def test_a_codebook_is_found_again(spec):
     weight = packed(spec)
     taken = replace(weight, codebook=(weight.codebook * 1.3 + 0.1).half())
     target = decode_unit(taken) * taken.scales.float().unsqueeze(1)
-    original = QuantizedLinear(taken)
-    assert original.rotation_seed == SEED
-    layer = FittedLayer(_unrotated(target), weight, hessian())
+    layer = FittedLayer(unrotate(target, SEED), weight, hessian())
     (found,) = refit([layer])
     assert replace(layer, packed=found).loss() < 1e-4 * layer.loss()
     assert all(torch.equal(a, b) for a, b in zip(found.packed, weight.packed, strict=True))
-
-
-def _unrotated(values: torch.Tensor) -> torch.Tensor:
-    from msq.kernels.rotation import unrotate
-
-    return unrotate(values, SEED)
 
 
 @pytest.mark.parametrize("spec", WITH_CODEBOOK, ids=lambda spec: spec.label)
@@ -74,7 +66,6 @@ def test_fitting_lowers_the_loss_of_layers_that_share_a_codebook(spec, weighted)
     layers = [
         FittedLayer(drawn(ROWS, COLUMNS, seed=s), packed(spec, s), hessian() if weighted else None) for s in (0, 1)
     ]
-    layers = [replace(layer, packed=replace(layer.packed, out_features=ROWS)) for layer in layers]
     found = refit(layers)
     after = [replace(layer, packed=weight) for layer, weight in zip(layers, found, strict=True)]
     assert sum(layer.loss() for layer in after) < sum(layer.loss() for layer in layers)
@@ -83,10 +74,8 @@ def test_fitting_lowers_the_loss_of_layers_that_share_a_codebook(spec, weighted)
 
 def test_layers_that_were_fitted_can_still_be_fused():
     spec = WITH_CODEBOOK[2]
-    layers = [
-        FittedLayer(drawn(32, COLUMNS, seed=s), quantize(drawn(32, COLUMNS, seed=s), spec, rotation_seed=SEED))
-        for s in (0, 1)
-    ]
+    weights = [drawn(32, COLUMNS, seed=s) for s in (0, 1)]
+    layers = [FittedLayer(weight, quantize(weight, spec, rotation_seed=SEED)) for weight in weights]
     assert stack(refit(layers)).out_features == 64
 
 
@@ -109,6 +98,15 @@ def test_a_tunable_layer_is_the_quantized_one_until_it_is_tuned(spec):
     with torch.no_grad():
         layer.scale_logs += 0.1
     assert torch.allclose(layer.tuned().scales.float(), weight.scales.float() * 1.10517, rtol=2e-3)
+
+
+def test_gradients_flow_though_a_rotation_was_first_made_in_inference_mode():
+    seed = 77  # of no other test
+    with torch.inference_mode():
+        rotate(drawn(1, COLUMNS), seed)
+    x = drawn(7, COLUMNS).requires_grad_()
+    rotate(x, seed).square().sum().backward()
+    assert x.grad is not None and torch.allclose(x.grad, 2 * x, atol=1e-4)
 
 
 def test_gradients_of_a_codebook_are_those_of_plain_indexing():

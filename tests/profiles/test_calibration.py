@@ -59,7 +59,8 @@ def test_the_model_finds_its_own_text_far_more_likely_than_random_tokens():
             logits = model(windows).logits
         return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten()))
 
-    assert loss(TokenSource.SELF) < 5 < 8 < loss(TokenSource.RANDOM)
+    assert loss(TokenSource.SELF) < 5
+    assert loss(TokenSource.RANDOM) > 8
 
 
 def test_a_profile_says_where_its_tokens_come_from(tiny_llama, tmp_path):

@@ -35,7 +35,8 @@ def apply(
         str,
         typer.Option(
             help="What isn't codes, fitted after encoding: layers (least squares of scales and codebooks), blocks "
-            "(that and norms, by gradient descent against the original's outputs on the calibration tokens) or none."
+            "(that and norms, by gradient descent against the original's outputs on the calibration tokens), model "
+            "(after the blocks all together, against its distribution; both models are in memory) or none."
         ),
     ] = "none",
     text: CalibrationText = None,
@@ -58,14 +59,15 @@ def apply(
     from .profiles.model_source import resolve_model
 
     method = parse_tune(tune)
-    needed = hessian or method is TuneMethod.BLOCKS
+    tuned_on_tokens = method in (TuneMethod.BLOCKS, TuneMethod.MODEL)
+    needed = hessian or tuned_on_tokens
     if (text is not None or calibration != "random") and not needed:
-        raise PlanError("--text and --calibration are for Hessians and blocks; add --hessian or --tune blocks.")
+        raise PlanError("--text and --calibration are for Hessians and tuning; add --hessian or --tune blocks.")
     promised = load_plan(plan)
     directory = resolve_model(model)
     chosen = {"tokens": tokens, "window": window, "seed": seed}
     calibrated = calibration_tokens(directory, text, calibration, device=device, **chosen) if needed else None
-    tuning = None if method is None else Tuning(method, calibrated if method is TuneMethod.BLOCKS else None)
+    tuning = None if method is None else Tuning(method, calibrated if tuned_on_tokens else None)
     who = Engine(engine, workers)
     try:
         applied = apply_plan(

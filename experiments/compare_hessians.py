@@ -58,6 +58,7 @@ from .records import environment, write_csv
 
 _WINDOW = 512
 _PLAIN = "plain"
+_ON_TOKENS = (TuneMethod.BLOCKS, TuneMethod.MODEL)
 _KINDS = {
     "weights": (TokenSource.RANDOM, "weights"),
     "self": (TokenSource.SELF, "weights"),
@@ -99,9 +100,10 @@ def parse_build(text: str) -> tuple[TokenSource | None, TuneMethod | None]:
     """
     source, _, tune = text.partition("+")
     method = parse_tune(tune or "none")
-    if source not in (_PLAIN, *TokenSource) or (source == _PLAIN and method is TuneMethod.BLOCKS):
+    if source not in (_PLAIN, *TokenSource) or (source == _PLAIN and method in _ON_TOKENS):
+        sources = ", ".join((_PLAIN, *TokenSource))
         raise ProfileError(
-            f"a build is {_PLAIN}, {', '.join(TokenSource)}, perhaps +layers or, with tokens, +blocks; got '{text}'."
+            f"a build is one of {sources}, perhaps with +layers, and but for {_PLAIN} +blocks or +model; got '{text}'."
         )
     return None if source == _PLAIN else TokenSource(source), method
 
@@ -182,7 +184,7 @@ def measured_row(arguments: argparse.Namespace, build: Build) -> dict[str, objec
         tokens = _calibration(arguments.work, build.source, text)
     tuning = None
     if build.tune is not None:
-        tuning = Tuning(build.tune, tokens if build.tune is TuneMethod.BLOCKS else None)
+        tuning = Tuning(build.tune, tokens if build.tune in _ON_TOKENS else None)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "checkpoint"
         begun = time.perf_counter()
@@ -283,8 +285,8 @@ def main() -> None:
             "measured_on": f"{arguments.measure.name} {windows.numel()} tokens",
             "original_perplexity": evaluate(model, windows).perplexity,
         } | environment(device, arguments.commit)
-        for source in {build.source for build in wanted} - {None}:
-            _keep_tokens(arguments, directory, TokenSource(source))
+        for source in sorted({build.source for build in wanted if build.source is not None}):
+            _keep_tokens(arguments, directory, source)
         for kind in arguments.profile_kinds:
             measured_profile(arguments, directory, kind)
         if device.startswith("cuda"):

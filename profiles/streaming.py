@@ -51,7 +51,7 @@ class StreamedModel:
         self.device = device
         self._dtype = torch.float32 if dtype is None and device.type == "cpu" else dtype
         self._decoder = model.model.eval()
-        self._files = _tensor_files(directory)
+        self._files = tensor_files(directory)
         self._directory = directory
         self._load(self._decoder.embed_tokens, "model.embed_tokens.")
         # Rotary frequencies are computed from the config, never stored.
@@ -146,7 +146,7 @@ class StreamedModel:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype of one of the model's stored tensors."""
-        return _read(self._files[name], name).dtype
+        return stored_dtype(self._files, name)
 
     @torch.no_grad()
     def _watch_head(self, watch: Mapping[str, Callable[[Tensor], None]]) -> None:
@@ -175,8 +175,17 @@ def _caller(see: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Tensor,
     return lambda _module, inputs: see(inputs[0])
 
 
-def _tensor_files(directory: Path) -> dict[str, Path]:
-    """The safetensors file of every tensor of a model."""
+def stored_dtype(files: Mapping[str, Path], name: str) -> torch.dtype:
+    """The dtype of a tensor of `tensor_files`."""
+    return _read(files[name], name).dtype
+
+
+def tensor_files(directory: Path) -> dict[str, Path]:
+    """The safetensors file of every tensor of a model.
+
+    Raises:
+        ProfileError: a file is damaged.
+    """
     files: dict[str, Path] = {}
     for path in weight_files(directory):
         try:

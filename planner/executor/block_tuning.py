@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,12 +26,11 @@ TUNED = ("scales", "codebook")
 
 
 @dataclass(frozen=True)
-class BlockLoss:
-    """Squared error of a block's output, relative to its power, fed with the quantized model's activations.
+class Change:
+    """A loss before and after tuning.
 
-    Attributes:
-        before: with the weights that tuning began with.
-        after: as it was tuned.
+    Of a block it is the squared error of its output, relative to its power, fed with the quantized model's activations;
+    of a model the mean KL divergence to the original, nats a token.
     """
 
     before: float
@@ -55,19 +54,33 @@ def with_tensors(weight: QuantizedWeight, layer: str, tensors: Mapping[str, Tens
     return replace(weight, scales=scales, codebook=tensors.get(f"{layer}.codebook", weight.codebook).to(device))
 
 
-def quantized_block(
-    module: nn.Module, prefix: str, weights: Mapping[str, QuantizedWeight], tensors: Mapping[str, Tensor]
+def quantized_copy(
+    module: nn.Module,
+    prefix: str,
+    weights: Mapping[str, QuantizedWeight],
+    tensors: Mapping[str, Tensor],
+    shared: Sequence[Sequence[str]] = (),
 ) -> nn.Module:
-    """A copy of a block that runs on packed layers.
+    """A copy of a block or a model that runs on packed layers.
 
     Args:
-        module: the original block.
+        module: the original.
         prefix: what its module paths begin with.
         weights: packed layers by path.
         tensors: by name as in a checkpoint; its scales, codebooks, norms and biases take the place of others.
+        shared: paths of layers whose codebook is one parameter; others keep their codebooks.
     """
     changed = {name: with_tensors(weight, name, tensors) for name, weight in weights.items()}
-    block = _with_layers(module, prefix, changed, {})
+    codebooks: dict[str, nn.Parameter] = {}
+    for group in shared:
+        book = changed[group[0]].codebook
+        if book.numel():
+            codebooks |= dict.fromkeys(group, nn.Parameter(book.float()))
+    block = copy.deepcopy(module)
+    for name, weight in changed.items():
+        path = name.removeprefix(prefix)
+        bias = getattr(module.get_submodule(path), "bias", None)
+        replace_module(block, path, TunableLinear(weight, bias, codebooks.get(name)))
     for name, parameter in block.named_parameters():
         if prefix + name in tensors:
             parameter.data = tensors[prefix + name].to(parameter)
@@ -81,7 +94,7 @@ def tune_block(
     shared: Sequence[Sequence[str]],
     inputs: Sequence[Tensor],
     target: Sequence[Tensor],
-) -> tuple[dict[str, Tensor], BlockLoss]:
+) -> tuple[dict[str, Tensor], Change]:
     """Tune row scales, codebooks, norms and biases of a block.
 
     Args:
@@ -98,63 +111,67 @@ def tune_block(
     Raises:
         CheckpointError: the loss is not finite.
     """
-    codebooks: dict[str, nn.Parameter] = {}
-    for group in shared:
-        book = weights[group[0]].codebook
-        if book.numel():
-            codebooks |= dict.fromkeys(group, nn.Parameter(book.float()))
-    block = _with_layers(module, model.prefix, weights, codebooks)
-    candidates = [_checkpoint_tensors(model, block)]
+    block = quantized_copy(module, model.prefix, weights, {}, shared)
+    candidates = [changed_tensors(block, model.prefix, model.stored_dtype)]
     _descend(model, block, inputs, target)
-    candidates.append(_checkpoint_tensors(model, block))
+    candidates.append(changed_tensors(block, model.prefix, model.stored_dtype))
     before, after = (
-        _loss(model, quantized_block(module, model.prefix, weights, tensors), inputs, target) for tensors in candidates
+        _loss(model, quantized_copy(module, model.prefix, weights, tensors), inputs, target) for tensors in candidates
     )
     if not math.isfinite(before):
         raise CheckpointError(f"the error of block {model.block} is {before}; expected a finite number.")
     improved = after < before
-    return candidates[improved], BlockLoss(before, after if improved else before)
+    return candidates[improved], Change(before, after if improved else before)
 
 
-def _with_layers(
-    module: nn.Module, prefix: str, weights: Mapping[str, QuantizedWeight], codebooks: Mapping[str, nn.Parameter]
-) -> nn.Module:
-    block = copy.deepcopy(module)
-    for name, weight in weights.items():
-        path = name.removeprefix(prefix)
-        bias = getattr(module.get_submodule(path), "bias", None)
-        replace_module(block, path, TunableLinear(weight, bias, codebooks.get(name)))
-    return block
+def changed_tensors(module: nn.Module, prefix: str, stored_dtype: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+    """What a tuned `quantized_copy` changes of a checkpoint, in its dtypes: scales, codebooks, norms and biases.
 
-
-def _checkpoint_tensors(model: StreamedModel, block: nn.Module) -> dict[str, Tensor]:
-    """What a tuned block changes of a checkpoint: scales, codebooks, norms and biases."""
-    layers = {model.prefix + path: layer for path, layer in block.named_modules() if isinstance(layer, TunableLinear)}
+    Args:
+        stored_dtype: of the original's tensors by name.
+    """
+    layers = {prefix + path: layer for path, layer in module.named_modules() if isinstance(layer, TunableLinear)}
     own = {f"{name}.{part}" for name in layers for part in ("scale_logs", "codebook")}
-    rest = {model.prefix + name: parameter.detach() for name, parameter in block.named_parameters()}
-    kept = {name: tensor.to("cpu", model.stored_dtype(name)) for name, tensor in rest.items() if name not in own}
+    learned = {prefix + name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    kept = {name: tensor.to("cpu", stored_dtype(name)) for name, tensor in learned.items() if name not in own}
     return stored_tensors({name: layer.tuned() for name, layer in layers.items()}) | kept
 
 
+class Descent:
+    """Adam with a rate that falls to 0 as a cosine, for all parameters of a module that take gradients.
+
+    Attributes:
+        optimizer: holds the moments.
+    """
+
+    def __init__(self, module: nn.Module, steps: int, rate: float) -> None:
+        """Takes the steps in all and the first rate, relative to the root mean square of a tensor."""
+        learned = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+        sizes = [1.0 if name.endswith("scale_logs") else _size(parameter) for name, parameter in learned]
+        self._rates = [rate * size for size in sizes]
+        self.optimizer = torch.optim.Adam([{"params": [parameter]} for _, parameter in learned])
+        self._steps = steps
+
+    def step(self, number: int) -> None:
+        """One step with the gradients that are there, which are dropped; `number` counts from 0."""
+        factor = (1 + math.cos(math.pi * number / self._steps)) / 2
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 def _descend(model: StreamedModel, block: nn.Module, inputs: Sequence[Tensor], target: Sequence[Tensor]) -> None:
-    """Adam on the squared error of the block's output; attention by plain products, whose gradients repeat exactly."""
-    groups = [
-        {"params": [parameter], "lr": LEARNING_RATE * (1.0 if name.endswith("scale_logs") else _size(parameter))}
-        for name, parameter in block.named_parameters()
-    ]
-    optimizer = torch.optim.Adam(groups)
-    steps = EPOCHS * len(inputs)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+    """Lower the squared error of the block's output; attention by plain products, whose gradients repeat exactly."""
     generator = torch.Generator().manual_seed(model.block)
+    order = [number for _ in range(EPOCHS) for number in torch.randperm(len(inputs), generator=generator).tolist()]
+    descent = Descent(block, len(order), LEARNING_RATE)
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        for _ in range(EPOCHS):
-            for number in torch.randperm(len(inputs), generator=generator).tolist():
-                wanted = target[number].to(model.device)
-                found = block(inputs[number].to(model.device), **model.arguments(number))
-                optimizer.zero_grad()
-                ((found - wanted).square().sum() / wanted.square().sum()).backward()
-                optimizer.step()
-                schedule.step()
+        for step, number in enumerate(order):
+            wanted = target[number].to(model.device)
+            found = block(inputs[number].to(model.device), **model.arguments(number))
+            ((found - wanted).square().sum() / wanted.square().sum()).backward()
+            descent.step(step)
 
 
 def _size(parameter: Tensor) -> float:

@@ -104,6 +104,7 @@ class TuneMethod(StrEnum):
 
     LAYERS = "layers"
     BLOCKS = "blocks"
+    MODEL = "model"
 
 
 class TuningPart(_Part):
@@ -111,13 +112,15 @@ class TuningPart(_Part):
 
     Attributes:
         method: how.
-        tokens: that blocks were tuned on; null for `LAYERS`, which takes the Hessians of the quantization.
+        tokens: that blocks and model were tuned on; null for `LAYERS`, which takes the Hessians of the quantization.
         losses: of each tuned block, before and after: squared error of its output, relative to its power.
+        kl: of the whole model to the original on these tokens, nats a token, before and after it was tuned as a whole.
     """
 
     method: TuneMethod
     tokens: CalibrationPart | None = None
     losses: tuple[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]], ...] = ()
+    kl: tuple[float, float] | None = None
 
 
 class CheckpointManifest(_Part):

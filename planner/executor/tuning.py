@@ -1,11 +1,12 @@
 """Tuning after encoding: what is not codes (row scales, codebooks, norms, biases) is fitted while the codes stay.
 
-Two ways, neither of which changes a byte of what was promised:
+Three ways, none of which changes the number of bytes that were promised:
 
 - layers: scales and codebook of each layer by least squares under the Hessian of its inputs (`kernels.refit`).
 - blocks: on top of that, each decoder block by gradient descent, as QuIP# (arXiv 2402.04396, section 5) and QTIP do:
   fed with what leaves the quantized blocks before it, it shall give what the original block gives in the original
   model, so a block makes up for those before it, too.
+- model: on top of that, all blocks together, against the original's distribution of the next token (`model_tuning`).
 
 Blocks are done in order, one in memory at a time. What a block was tuned to goes to a file of its own, from which the
 rest goes on after an interruption, with the same result as without.
@@ -33,13 +34,14 @@ from ...profiles.progress import progress
 from ...profiles.quantize_jobs import QuantizeTask, read_rows, read_weight_result
 from ...profiles.schema import HEAD
 from ...profiles.streaming import StreamedModel
-from .block_tuning import BlockLoss, quantized_block, stored_tensors, tune_block
+from .block_tuning import Change, quantized_copy, stored_tensors, tune_block
 from .errors import CheckpointError
 from .manifest import CalibrationPart, TuneMethod, TuningPart
+from .model_tuning import tune_model
 
 
 def parse_tune(text: str) -> TuneMethod | None:
-    """``none``, ``layers`` or ``blocks``.
+    """``none``, ``layers``, ``blocks`` or ``model``.
 
     Raises:
         CheckpointError: none of them.
@@ -55,7 +57,7 @@ class Tuning:
 
     Attributes:
         method: what is fitted, and to what.
-        tokens: that blocks are tuned on; `LAYERS` takes none.
+        tokens: that blocks and model are tuned on; `LAYERS` takes none.
     """
 
     method: TuneMethod
@@ -98,11 +100,16 @@ class TuneTask:
         """The file of a block."""
         return self.directory / f"tuned-{block:05d}.safetensors"
 
-    def groups(self, block: int) -> list[list[Job]]:
-        """The layers of a block, those together that share a codebook."""
+    @property
+    def model_path(self) -> Path:
+        """The file of the whole model."""
+        return self.directory / "tuned-model.safetensors"
+
+    def groups(self, block: int | None = None) -> list[list[Job]]:
+        """The layers of a block, or of the model with its head, those together that share a codebook."""
         groups: dict[tuple[str, ...], list[Job]] = {}
         for job in self.jobs.jobs:
-            if job.layer.block == block and job.layer.role != HEAD:
+            if block is None or (job.layer.block == block and job.layer.role != HEAD):
                 groups.setdefault(self.patterns[job.layer.name], []).append(job)
         return list(groups.values())
 
@@ -114,16 +121,16 @@ class TuneTask:
 
 
 @dataclass(frozen=True)
-class TunedBlock:
-    """What a block was tuned to.
+class Tuned:
+    """What a block, or the whole model, was tuned to.
 
     Attributes:
         tensors: by name as in the checkpoint: scales and codebooks of its layers, norms and biases that changed.
-        loss: of its output before and after; None where layers were fitted alone.
+        loss: of its output before and after, of the whole model its KL; None where layers were fitted alone.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    loss: BlockLoss | None = None
+    loss: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -162,11 +169,33 @@ class Tuner:
         with progress("tuning", len(task.blocks), done=len(task.blocks) - len(missing)) as advance:
             for _ in _fit_layers(task, missing) if self.tuning.tokens is None else self._tune_blocks(task, missing):
                 advance()
-        tuned = [_read(task, block) for block in task.blocks]
+        tuned = [_read(task.path(block)) for block in task.blocks]
         tensors = {name: tensor for block in tuned for name, tensor in block.tensors.items()}
         losses = tuple((block.loss.before, block.loss.after) for block in tuned if block.loss is not None)
-        tokens = CalibrationPart.of(self.tuning.tokens)
-        return tensors, TuningPart(method=self.tuning.method, tokens=tokens, losses=losses)
+        part = TuningPart(method=self.tuning.method, tokens=CalibrationPart.of(self.tuning.tokens), losses=losses)
+        if self.tuning.method is not TuneMethod.MODEL:
+            return tensors, part
+        whole = self._tune_model(task, tensors)
+        assert whole.loss is not None
+        return tensors | dict(whole.tensors), part.model_copy(update={"kl": (whole.loss.before, whole.loss.after)})
+
+    def _tune_model(self, task: TuneTask, tensors: Mapping[str, Tensor]) -> Tuned:
+        assert self.tuning.tokens is not None
+        if not task.model_path.exists():
+            groups = task.groups()
+            weights = {job.layer.name: task.packed(job) for group in groups for job in group}
+            shared = [[job.layer.name for job in group] for group in groups]
+            found = tune_model(
+                task.quantized.model_dir,
+                weights,
+                tensors,
+                shared,
+                self.tuning.tokens.windows,
+                state=self.directory / "epochs.safetensors",
+                device=self.device,
+            )
+            _write(task.model_path, Tuned(*found))
+        return _read(task.model_path)
 
     def _tune_blocks(self, task: TuneTask, missing: Sequence[int]) -> Iterator[int]:
         assert self.tuning.tokens is not None
@@ -184,7 +213,7 @@ class Tuner:
 
 def _fit_layers(task: TuneTask, missing: Sequence[int]) -> Iterator[int]:
     for block in missing:
-        _write(task, block, TunedBlock(stored_tensors(_fitted(task, block))))
+        _write(task.path(block), Tuned(stored_tensors(_fitted(task, block))))
         yield block
 
 
@@ -200,9 +229,9 @@ def _next_block(task: TuneTask, model: StreamedModel, changed: list[Tensor]) -> 
     target = list(model.run(module, model.hidden))
     if not task.path(block).exists():
         shared = [[job.layer.name for job in group] for group in groups]
-        _write(task, block, TunedBlock(*tune_block(model, module, _fitted(task, block), shared, changed, target)))
+        _write(task.path(block), Tuned(*tune_block(model, module, _fitted(task, block), shared, changed, target)))
     encoded = {job.layer.name: task.packed(job) for group in groups for job in group}
-    quantized = quantized_block(module, model.prefix, encoded, _read(task, block).tensors)
+    quantized = quantized_copy(module, model.prefix, encoded, _read(task.path(block)).tensors)
     for number, left in enumerate(model.run(quantized, changed)):
         changed[number] = left
     model.hidden = target
@@ -227,18 +256,17 @@ def _fitted(task: TuneTask, block: int) -> dict[str, QuantizedWeight]:
     return found
 
 
-def _write(task: TuneTask, block: int, tuned: TunedBlock) -> None:
+def _write(path: Path, tuned: Tuned) -> None:
     loss = None if tuned.loss is None else [tuned.loss.before, tuned.loss.after]
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tuned.tensors.items()}
-    write_atomic(task.path(block), save(tensors, metadata={"loss": json.dumps(loss)}), CheckpointError)
+    write_atomic(path, save(tensors, metadata={"loss": json.dumps(loss)}), CheckpointError)
 
 
-def _read(task: TuneTask, block: int) -> TunedBlock:
-    path = task.path(block)
+def _read(path: Path) -> Tuned:
     try:
         with safe_open(path, framework="pt") as file:
             loss = json.loads(file.metadata()["loss"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as cause:
         raise CheckpointError(f"can't read {path} ({cause}); remove it and repeat the command.") from cause
-    return TunedBlock(tensors, None if loss is None else BlockLoss(*loss))
+    return Tuned(tensors, None if loss is None else Change(*loss))

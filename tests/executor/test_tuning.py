@@ -8,6 +8,7 @@ import pytest
 import torch
 from msq.experiments.evaluate import evaluate
 from msq.kernels.specs import Family, QuantizerSpec
+from msq.planner.executor import model_tuning
 from msq.planner.executor import tuning as tuning_module
 from msq.planner.executor.apply import apply_plan, work_directory
 from msq.planner.executor.errors import CheckpointError
@@ -105,6 +106,35 @@ def test_an_interrupted_tuning_goes_on_to_the_same_files(tiny_llama, tmp_path, m
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+def test_a_whole_model_is_tuned_and_an_interrupted_job_goes_on(tiny_llama, tmp_path, monkeypatch):
+    plan, tokens = hand_made_plan(tiny_llama, ASSIGNMENT), tokens_of(tiny_llama)
+    how = {"hessian": tokens, "tuning": Tuning(TuneMethod.MODEL, tokens)}
+    apply_plan(tiny_llama, plan, tmp_path / "whole", **how)
+    part = read_manifest(tmp_path / "whole").tuning
+    assert part.method is TuneMethod.MODEL and len(part.losses) == 2 and part.kl[1] < 0.98 * part.kl[0]
+    original, tuned = load_file(tiny_llama / "model.safetensors"), tensors(tmp_path / "whole")
+    assert not torch.equal(original["model.norm.weight"], tuned["model.norm.weight"])
+    assert torch.equal(original["model.embed_tokens.weight"], tuned["model.embed_tokens.weight"])
+    reference = load_model(tiny_llama, choose_device("cpu"))
+    found = evaluate(load_checkpoint(tmp_path / "whole"), tokens.windows, reference=reference).kl
+    assert abs(found - part.kl[1]) < 0.01 * found
+    keep = model_tuning._keep
+
+    def interrupted(*arguments):
+        keep(*arguments)
+        if arguments[2] == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_tuning, "_keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        apply_plan(tiny_llama, plan, tmp_path / "out", **how)
+    epochs = []
+    monkeypatch.setattr(model_tuning, "_keep", lambda *arguments: (epochs.append(arguments[2]), keep(*arguments)))
+    apply_plan(tiny_llama, plan, tmp_path / "out", **how)
+    assert epochs == list(range(3, model_tuning.EPOCHS + 1))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_tuning_that_does_not_help_is_dropped(tiny_llama, tmp_path, monkeypatch):
     plan, tokens = hand_made_plan(tiny_llama, ASSIGNMENT), tokens_of(tiny_llama)
     apply_plan(tiny_llama, plan, tmp_path / "layers", tuning=Tuning(TuneMethod.LAYERS))
@@ -118,7 +148,7 @@ def test_tuning_that_does_not_help_is_dropped(tiny_llama, tmp_path, monkeypatch)
 
 def test_what_users_may_ask_for(tiny_llama):
     assert parse_tune("none") is None and parse_tune("blocks") is TuneMethod.BLOCKS
-    with pytest.raises(CheckpointError, match="--tune is one of none, layers, blocks; got 'all'"):
+    with pytest.raises(CheckpointError, match="--tune is one of none, layers, blocks, model; got 'all'"):
         parse_tune("all")
     with pytest.raises(CheckpointError, match="needs tokens"):
         Tuning(TuneMethod.BLOCKS)

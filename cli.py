@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +17,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, cli_checks, cli_planning, cli_profiles, cli_running
+from . import __version__, cli_apply, cli_checks, cli_planning, cli_profiles, cli_running
 from .cli_options import (
+    CalibrationSource,
+    CalibrationText,
     Device,
     EngineName,
-    HessianText,
     Json,
     Quantizers,
     Seed,
-    Tokens,
     Window,
     Workers,
     note,
@@ -99,7 +99,8 @@ def profile(
     loss: Annotated[
         str, typer.Option(help="data-free or calibration (KL under noise), fisher (one backward pass), direct (swaps).")
     ] = "data-free",
-    text: Annotated[Path | None, typer.Option(help="Calibration text, UTF-8.")] = None,
+    text: CalibrationText = None,
+    calibration: CalibrationSource = "random",
     tokens: Annotated[int, typer.Option(help="Tokens that the sensitivities see.")] = 16384,
     window: Window = 256,
     noise: Annotated[float, typer.Option(help="Relative size of the perturbation of a weight.")] = 0.1,
@@ -124,6 +125,7 @@ def profile(
     from .cli_profiles import finish_profile, measure_latencies
     from .kernels.rotation import rotation_note
     from .planner.executor.overhead import ExecutorOverhead
+    from .profiles.calibration import parse_source
     from .profiles.engines import Engine
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
@@ -137,6 +139,7 @@ def profile(
         specs=specs,
         method=parse_loss_method(loss),
         text=text,
+        source=parse_source(calibration, text),
         batch_sizes=batches,
         tokens=tokens,
         window=window,
@@ -145,8 +148,9 @@ def profile(
         device=device,
         error=error,
         head=head,
-        **({} if context is None else {"context": context}),
     )
+    if context is not None:
+        settings = replace(settings, context=context)
     who, overhead = Engine(engine, workers), ExecutorOverhead()
     done = finish_profile(
         lambda: run_profile(
@@ -169,55 +173,7 @@ app.command()(cli_planning.frontier)
 app.command()(cli_planning.compare)
 
 
-@app.command()
-def apply(
-    model: Annotated[str, typer.Argument(help="The model that was profiled.")],
-    plan: Annotated[Path, typer.Option("--plan", help="plan.yaml of `msq plan`.")],
-    out: Annotated[Path, typer.Option(help="Directory of the checkpoint; must not exist.")],
-    hessian: Annotated[
-        bool, typer.Option("--hessian", help="Error feedback under Hessians, on --text or else on random tokens.")
-    ] = False,
-    text: HessianText = None,
-    tokens: Tokens = 65536,
-    window: Window = 512,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    engine: EngineName = "local",
-    workers: Workers = None,
-    json_output: Json = False,
-) -> None:
-    """Quantize a model as planned and save the checkpoint; an interrupted command goes on when it is repeated."""
-    from .planner.errors import PlanError
-    from .planner.executor.apply import apply_plan, work_directory
-    from .planner.plan import load_plan
-    from .profiles.engines import Engine
-    from .profiles.hessians import calibration
-    from .profiles.model_source import resolve_model
-
-    if text is not None and not hessian:
-        raise PlanError("--text is for Hessians; add --hessian, or leave it out.")
-    promised = load_plan(plan)
-    directory = resolve_model(model)
-    calibrated = calibration(directory, text, tokens=tokens, window=window, seed=seed) if hessian else None
-    who = Engine(engine, workers)
-    try:
-        applied = apply_plan(directory, promised, out, device=device, hessian=calibrated, engine=who)
-    except KeyboardInterrupt:
-        note(f"\nmsq: interrupted; finished layers are in {work_directory(out)}, the same command goes on from them.")
-        sys.exit(130)
-    facts = {
-        "hessian": calibrated and (calibrated.text or "data-free"),
-        "checkpoint": str(out),
-        "memory_bytes": applied.memory_bytes,
-        "promised_bytes": promised.promised.memory_bytes,
-        "layers": len(applied.errors),
-    }
-    if json_output:
-        print_json(facts)
-    else:
-        print(f"{facts['layers']} layers in {applied.memory_bytes} bytes, as promised; checkpoint in {out}")
-
-
+app.command()(cli_apply.apply)
 app.command()(cli_checks.check)
 
 

@@ -9,11 +9,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import Device, HessianText, Json, ProfileDir, Seed, Tokens, Window, note, print_json
+from .cli_options import (
+    CalibrationSource,
+    CalibrationText,
+    Device,
+    Json,
+    ProfileDir,
+    Seed,
+    Tokens,
+    Window,
+    calibration_tokens,
+    note,
+    print_json,
+)
 
 if TYPE_CHECKING:
     from .experiments.promise_check import PromiseReport, Steps
-    from .profiles.hessians import Calibration
+    from .planner.executor.manifest import CheckpointManifest
+    from .profiles.calibration import Calibration
     from .profiles.tables import Profile
 
 
@@ -31,7 +44,8 @@ def check(
     hessian: Annotated[
         bool, typer.Option("--hessian", help="Build what it is compared with as `apply --hessian` does.")
     ] = False,
-    text: HessianText = None,
+    text: CalibrationText = None,
+    calibration: CalibrationSource = "random",
     tokens: Tokens = 65536,
     seed: Seed = 0,
     device: Device = "cpu",
@@ -43,18 +57,29 @@ def check(
     from .planner.errors import PlanError
     from .planner.executor.apply import apply_plan
     from .planner.executor.manifest import PLAN_FILE, read_manifest
+    from .planner.executor.tuning import Tuning
     from .planner.plan import load_plan
-    from .profiles.hessians import calibration
     from .profiles.model_source import resolve_model
     from .profiles.models import load_config, random_windows, token_windows
 
-    if text is not None and not hessian:
-        raise PlanError("--text is for Hessians; add --hessian, or leave it out (--on is the text to measure on).")
     manifest = read_manifest(checkpoint)
+    tuned = None if manifest.tuning is None else manifest.tuning.tokens
+    if (text is not None or calibration != "random") and not hessian and tuned is None:
+        raise PlanError(
+            "--text and --calibration are for Hessians and tuning; add --hessian, or leave them out (--on is the text "
+            "to measure on)."
+        )
     plan, directory = load_plan(checkpoint / PLAN_FILE), resolve_model(model)
     measured = check_profile(profile, plan)
-    calibrated = calibration(directory, text, tokens=tokens, window=window, seed=seed) if hessian else None
-    _check_calibration(None if manifest.hessian is None else manifest.hessian.digest, calibrated)
+    calibrated = None
+    if hessian or tuned is not None:
+        chosen = {"tokens": tokens, "window": window, "seed": seed}
+        calibrated = calibration_tokens(directory, text, calibration, device=device, **chosen)
+    feedback = calibrated if hessian else None
+    _check_calibration(manifest, calibrated, feedback)
+    tuning = None
+    if manifest.tuning is not None:
+        tuning = Tuning(manifest.tuning.method, None if tuned is None else calibrated)
     with tempfile.TemporaryDirectory(dir=checkpoint.absolute().parent, prefix=".check-") as scratch:
         checker = PromiseCheck(
             model_dir=directory,
@@ -63,7 +88,7 @@ def check(
             windows=random_windows(load_config(directory).vocab_size, windows, window, seed + _FRESH)
             if on is None
             else token_windows(directory, on, window, windows),
-            build=lambda made, out: apply_plan(directory, made, out, device=device, hessian=calibrated),
+            build=lambda made, out: apply_plan(directory, made, out, device=device, hessian=feedback, tuning=tuning),
             scratch=Path(scratch),
             device=device,
             steps=_steps(measured, device),
@@ -109,13 +134,19 @@ _FRESH = 1_000_003
 """Added to the seed of random tokens, so that none is measured on which the profile saw."""
 
 
-def _check_calibration(digest: str | None, calibrated: Calibration | None) -> None:
-    """What the checkpoint is compared with must be quantized as it was."""
+def _check_calibration(
+    manifest: CheckpointManifest, calibrated: Calibration | None, feedback: Calibration | None
+) -> None:
+    """What the checkpoint is compared with must be quantized and tuned as it was."""
     from .planner.errors import PlanError
 
-    if digest != (None if calibrated is None else calibrated.digest):
+    tuned = None if manifest.tuning is None else manifest.tuning.tokens
+    if tuned is not None and calibrated is not None and tuned.digest != calibrated.digest:
+        raise PlanError("the checkpoint was tuned on other tokens than those given; repeat those of its `msq apply`.")
+    digest = None if manifest.hessian is None else manifest.hessian.digest
+    if digest != (None if feedback is None else feedback.digest):
         built = "data-free" if digest is None else "under Hessians"
-        given = "no --hessian" if calibrated is None else "a --hessian of other tokens"
+        given = "no --hessian" if feedback is None else "a --hessian of other tokens"
         wanted = "leave out --hessian" if digest is None else "give the options of its `msq apply`"
         raise PlanError(f"the checkpoint was quantized {built}, and {given} is given; {wanted}.")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from .profiles.calibration import Calibration
     from .profiles.tables import Profile
 
 ProfileDir = Annotated[Path, typer.Option("--profile", help="Directory of a profile.")]
@@ -35,7 +36,13 @@ Workers = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
-HessianText = Annotated[Path | None, typer.Option("--text", help="Calibration text for --hessian, UTF-8.")]
+CalibrationText = Annotated[Path | None, typer.Option("--text", help="Calibration text, UTF-8.")]
+CalibrationSource = Annotated[
+    str,
+    typer.Option(
+        "--calibration", help="Tokens to calibrate on without --text: random, or self, what the model writes; no data."
+    ),
+]
 Tokens = Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")]
 Window = Annotated[int, typer.Option(min=2, help="Tokens of a window.")]
 
@@ -68,6 +75,18 @@ def note(text: str) -> None:
 def split_names(text: str | None) -> tuple[str, ...] | None:
     """A comma-separated option; None stays None."""
     return None if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def calibration_tokens(
+    model: Path, text: Path | None, source: str, *, tokens: int, window: int, seed: int, device: str
+) -> Calibration:
+    """The tokens that `--text`, `--calibration`, `--tokens`, `--window` and `--seed` mean."""
+    from .profiles.calibration import calibration, parse_source
+    from .profiles.models import choose_device
+
+    chosen = parse_source(source, text)
+    sizes = {"tokens": tokens, "window": window, "seed": seed}
+    return calibration(model, text, source=chosen, device=choose_device(device), **sizes)
 
 
 def load(profile: Path) -> Profile:

@@ -22,8 +22,8 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from ..kernels.specs import QuantizerSpec
+from ..profiles.calibration import calibration
 from ..profiles.fisher import measure_fisher
-from ..profiles.hessians import calibration
 from ..profiles.inventory import LayerInfo, inventory
 from ..profiles.job import ProfileSettings, middle_quantizer, run_profile
 from ..profiles.journal import Journal

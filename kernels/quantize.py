@@ -28,7 +28,8 @@ from .specs import TILE, Family, QuantizerSpec
 
 _CLIP_RATIOS = tuple(0.4 + 0.02 * i for i in range(31))
 """Row ranges that `int` tries, relative to the largest weight."""
-_LARGEST_FP16 = 65504.0
+LARGEST_SCALE = 65504.0
+"""Of a row: the largest fp16 number."""
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,9 @@ def quantize(
     else:
         seed, values = rotation_seed, rotate(values, rotation_seed)
         scales = values.square().mean(dim=1).sqrt() * _target_rms(spec, hessian)
-    if float(scales.max()) > _LARGEST_FP16:
+    if float(scales.max()) > LARGEST_SCALE:
         raise QuantizerError(
-            f"expected row scales up to {_LARGEST_FP16:.0f} (fp16); a row needs {float(scales.max()):.3g}: "
+            f"expected row scales up to {LARGEST_SCALE:.0f} (fp16); a row needs {float(scales.max()):.3g}: "
             "rescale the weight."
         )
     scales = scales.half()
@@ -197,9 +198,20 @@ def quantize(
     draft = QuantizedWeight(spec, rows, columns, seed, packed, scales, table)
     unit_values = decode_unit(draft)
     weighted = unit_values if hessian is None else unit_values @ hessian.matrix.to(unit_values.device)
+    return replace(draft, scales=least_squares_scales(values, unit_values, weighted))
+
+
+def least_squares_scales(values: Tensor, unit_values: Tensor, weighted: Tensor) -> Tensor:
+    """Row scales of least squared error, ``(out_features,)`` fp16; 0 where a row decodes to zeros.
+
+    Args:
+        values: what is approximated, ``(out_features, in_features)``.
+        unit_values: the decoded codes, of the same shape.
+        weighted: these times the Hessian, or alone.
+    """
     power = (unit_values * weighted).sum(dim=1)
-    refit = torch.where(power > 0, (values * weighted).sum(dim=1) / power, 0.0)
-    return QuantizedWeight(spec, rows, columns, seed, draft.packed, refit.clamp(0, _LARGEST_FP16).half(), table)
+    scales = torch.where(power > 0, (values * weighted).sum(dim=1) / power, 0.0)
+    return scales.clamp(0, LARGEST_SCALE).half()
 
 
 def _target_rms(spec: QuantizerSpec, hessian: Hessian | None) -> float:

@@ -28,6 +28,7 @@ def input_seed(input_name: str, seed: int = 0) -> int:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # whoever asks first, gradients may need it later
 def rotation_signs(size: int, seed: int) -> Tensor:
     """``(size,)`` float32 of +1 and -1.
 

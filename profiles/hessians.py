@@ -8,8 +8,6 @@ none of it.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,50 +18,12 @@ from torch import Tensor
 from ..kernels.errors import QuantizerError
 from ..kernels.hessian import Hessian
 from ..kernels.rotation import input_seed, rotate
+from .calibration import Calibration
 from .errors import ProfileError
 from .files import claim_directory, write_atomic
 from .inventory import LayerInfo, ModelInventory
-from .models import load_config, random_windows, token_windows
 from .progress import progress
 from .streaming import StreamedModel
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Tokens to calibrate on.
-
-    Attributes:
-        windows: ``(windows, length)`` int64.
-        text: name of the text they come from; None for random tokens.
-    """
-
-    windows: Tensor
-    text: str | None
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the tokens."""
-        return hashlib.sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()
-
-
-def calibration(model_dir: Path, text: Path | None, *, tokens: int, window: int, seed: int) -> Calibration:
-    """The first windows of a text, or as many of uniform random tokens.
-
-    Args:
-        text: UTF-8; None for random tokens (data-free).
-        tokens: about how many; rounded down to whole windows.
-        window: tokens of a window.
-        seed: of random tokens.
-
-    Raises:
-        ProfileError: fewer tokens than a window, or a bad text or tokenizer.
-    """
-    count = tokens // window
-    if not count:
-        raise ProfileError(f"expected tokens for at least one window of {window}; got {tokens}.")
-    if text is not None:
-        return Calibration(token_windows(model_dir, text, window, count), text.name)
-    return Calibration(random_windows(load_config(model_dir).vocab_size, count, window, seed), None)
 
 
 class HessianFiles:

@@ -23,20 +23,21 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..kernels.specs import QuantizerSpec
+from .calibration import Calibration, calibration
 from .device import describe_device
 from .engines import IN_PROCESS, Engine
 from .errors import ProfileError
 from .files import sha256_file, sweep_temporaries
 from .fisher import measure_fisher
 from .frames import latency_table, layer_table, model_part, quantizer_table
-from .hessians import Calibration, calibration, collect_hessians
+from .hessians import collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_model
 from .overhead import StepOverhead, journaled_overhead, measure_head, stock_overhead
 from .quantizer_errors import measure_errors
-from .schema import MANIFEST_FILE, STOCK_METHODS, LatencyPart, LossMethod, LossPart, ProfileManifest
+from .schema import MANIFEST_FILE, STOCK_METHODS, LatencyPart, LossMethod, LossPart, ProfileManifest, TokenSource
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
@@ -54,8 +55,9 @@ class ProfileSettings:
 
     Attributes:
         specs: the palette.
-        method: KL under noise on random tokens (data-free) or on a calibration text; Fisher and direct take either.
-        text: the calibration text, UTF-8; None for random tokens.
+        method: KL under noise on tokens that need no data, or on a calibration text; Fisher and direct take either.
+        text: the calibration text, UTF-8; None for data-free tokens.
+        source: of tokens that are not a text's: random ones, or drawn from the model.
         batch_sizes: for latency; empty leaves latency out.
         tokens: about how many the sensitivities see; rounded down to whole windows, of which there are at least two.
         window: tokens of a window.
@@ -72,6 +74,7 @@ class ProfileSettings:
     specs: tuple[QuantizerSpec, ...]
     method: LossMethod = LossMethod.DATA_FREE_KL
     text: Path | None = None
+    source: TokenSource = TokenSource.RANDOM
     batch_sizes: tuple[int, ...] = (1,)
     tokens: int = 16384
     window: int = 256
@@ -134,7 +137,15 @@ def run_profile(
     device = choose_device(settings.device)
     model_info = inventory(model_dir, name=name, head=settings.head)
     digest = model_digest(model_dir)
-    tokens = calibration(model_dir, settings.text, tokens=settings.tokens, window=settings.window, seed=settings.seed)
+    tokens = calibration(
+        model_dir,
+        settings.text,
+        tokens=settings.tokens,
+        window=settings.window,
+        seed=settings.seed,
+        source=settings.source,
+        device=device,
+    )
     journal_path = out / JOURNAL_FILE
     make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
@@ -233,6 +244,7 @@ def _measure(
             seed=settings.seed,
             sequences=windows.shape[0],
             sequence_length=windows.shape[1],
+            source=tokens.source,
             text=tokens.text,
             quantizer=middle_quantizer(settings.specs).label if settings.method is LossMethod.DIRECT else None,
         ),

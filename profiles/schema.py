@@ -47,6 +47,14 @@ class LossMethod(StrEnum):
     DIRECT = "direct"
 
 
+class TokenSource(StrEnum):
+    """Where calibration tokens come from; all but `TEXT` need no data."""
+
+    RANDOM = "random"
+    SELF = "self"  # drawn from the model
+    TEXT = "text"
+
+
 ErrorKind = Literal["gaussian", "measured", "proxy"]
 
 
@@ -85,6 +93,7 @@ class LossPart(_Part):
             under a Hessian.
         tokens: tokens that the estimate saw.
         noise: relative size of the perturbation, ‖δW‖/‖W‖, where the method perturbs.
+        source: where the tokens come from; null in profiles that don't tell.
         text: the calibration text, where the method reads one.
         quantizer: that the layers were swapped for, where the method is direct.
     """
@@ -96,6 +105,7 @@ class LossPart(_Part):
     seed: int | None = None
     sequences: int | None = Field(default=None, ge=1)
     sequence_length: int | None = Field(default=None, ge=1)
+    source: TokenSource | None = None
     text: Name | None = None
     quantizer: Name | None = None
 

@@ -65,11 +65,26 @@ def test_hessians_from_profile_to_checkpoint(msq, tiny_llama, tmp_path):
     code, out, err = msq(*shared, "--out", tmp_path / "a")
     assert code == 2 and not out and "add --hessian" in err
     code, out, err = msq(*shared, "--out", tmp_path / "a", "--text", text)
-    assert code == 2 and not out and "--text is for Hessians" in err
+    assert code == 2 and not out and "add --hessian or --tune blocks" in err
     code, out, err = msq(*shared, "--out", tmp_path / "a", "--hessian")
-    assert code == 0 and json.loads(out)["hessian"] == "data-free" and "hessians" in err
+    assert code == 0 and json.loads(out)["hessian"] == "random tokens" and "hessians" in err
     code, out, _ = msq(*shared, "--out", tmp_path / "b", "--hessian", "--text", text)
     assert code == 0 and json.loads(out)["hessian"] == "text.txt"
+    own = ["--hessian", "--calibration", "self"]
+    code, out, err = msq(*shared, "--out", tmp_path / "c", *own, "--text", text)
+    assert code == 2 and not out and "exclude each other" in err
+    code, out, err = msq(*shared, "--out", tmp_path / "c", *own, "--tune", "blocks")
+    found = json.loads(out)
+    assert code == 0 and (found["hessian"], found["tuning"]) == ("the model's own text", "blocks") and "tuning" in err
+    check = ["check", tmp_path / "c", "--model", tiny_llama, "--profile", measured, "--windows", 2]
+    sizes = ["--tokens", 320, "--window", 32]
+    code, _, err = msq(*check, *sizes, "--hessian")
+    assert code == 2 and "tuned on other tokens than those given" in err
+    code, _, err = msq(*check, *sizes)
+    assert code == 2 and "tuned on other tokens than those given" in err
+    code, out, err = msq(*check, *sizes, *own)
+    assert code == 0 or "its KL is" in err  # weights drawn at random: a plan may lose to the uniform scheme
+    assert out.startswith("bytes promised")
 
 
 def test_plan_shows_a_map_and_its_proof(msq, profile):

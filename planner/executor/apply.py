@@ -18,13 +18,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from ... import __version__
 from ...kernels.quantize import tensor_shapes
 from ...kernels.specs import QuantizerSpec
+from ...profiles.calibration import Calibration
 from ...profiles.engines import IN_PROCESS, Engine, run_jobs
 from ...profiles.files import JOB_FILE, claim_directory, dump_yaml, try_lock
-from ...profiles.hessians import Calibration, collect_hessians
+from ...profiles.hessians import collect_hessians
 from ...profiles.inventory import ModelInventory, inventory, weight_files
 from ...profiles.job import model_digest
 from ...profiles.jobs import JobList
@@ -37,8 +39,8 @@ from ..plan import Plan, save_plan
 from .errors import CheckpointError
 from .manifest import (
     PLAN_FILE,
+    CalibrationPart,
     CheckpointManifest,
-    HessianPart,
     QuantizationConfig,
     QuantizedLayer,
     is_checkpoint,
@@ -47,10 +49,11 @@ from .manifest import (
 )
 from .model_card import model_card
 from .shards import ShardWriter, TensorSlot, stored_pieces, stored_tensors
+from .tuning import Tuner, Tuning
 
 _COPIED = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "generation_config.json", "*.jinja")
 _STORED_AS = {torch.uint8: "U8", torch.float16: "F16"}
-_LOCK, _HESSIANS, _RESULTS, _DRAFT = ".lock", "hessians", "results", "checkpoint"
+_LOCK, _HESSIANS, _RESULTS, _TUNED, _DRAFT = ".lock", "hessians", "results", "tuned", "checkpoint"
 """What a working directory holds beside its job file."""
 
 
@@ -87,6 +90,7 @@ def apply_plan(
     *,
     device: str = "cpu",
     hessian: Calibration | None = None,
+    tuning: Tuning | None = None,
     engine: Engine = IN_PROCESS,
 ) -> Applied:
     """Quantize a model as planned; what an interrupted call has finished is not done again.
@@ -95,7 +99,8 @@ def apply_plan(
         model_dir: the model that was profiled.
         out: the checkpoint's directory; must not exist, or be empty.
         device: where to encode.
-        hessian: tokens to collect Hessians on, for error feedback; None quantizes data-free.
+        hessian: tokens to collect Hessians on, for error feedback; None quantizes without.
+        tuning: what to tune after encoding, and on what; None leaves everything as encoded.
         engine: who encodes; the checkpoint is the same whoever does.
 
     Raises:
@@ -124,9 +129,10 @@ def apply_plan(
             if not try_lock(lock):
                 raise CheckpointError(f"another msq apply is writing {out}; wait for it, or stop it.")
             if taken:
-                return _finished(plan, out, work, hessian)
+                return _finished(plan, out, work, hessian, tuning)
             job = {"model": digest, "plan": hashlib.sha256(dump_yaml(plan).encode()).hexdigest()}
             job |= {"tokens": "" if hessian is None else hessian.digest, "device": where.type}
+            job |= {"tuning": "" if tuning is None else tuning.key}
             job |= {"msq": __version__, "torch": torch.__version__}
             claim_directory(work, job, "an unfinished checkpoint", CheckpointError)
             directory = None
@@ -135,7 +141,8 @@ def apply_plan(
                 seed = plan.profile.seed
                 collect_hessians(model_dir, info, hessian, directory, digest=digest, seed=seed, device=where)
             task = QuantizeTask(model_dir.absolute(), plan.profile.seed, directory, keep_weights=True)
-            manifest = _build(plan, info, task, work, device, engine, hessian)
+            tuner = None if tuning is None else Tuner(tuning, work / _TUNED, where)
+            manifest = _build(plan, info, task, work, device, engine, hessian, tuner)
             if out.exists():
                 out.rmdir()
             (work / _DRAFT).rename(out)
@@ -147,13 +154,14 @@ def apply_plan(
     return Applied(manifest)
 
 
-def _finished(plan: Plan, out: Path, work: Path, hessian: Calibration | None) -> Applied:
+def _finished(plan: Plan, out: Path, work: Path, hessian: Calibration | None, tuning: Tuning | None) -> Applied:
     """The checkpoint that is there, if it is this plan's and only the working directory was still to be removed."""
-    if is_checkpoint(out) and {path.name for path in work.iterdir()} <= {_LOCK, JOB_FILE, _HESSIANS, _RESULTS}:
+    if is_checkpoint(out) and {path.name for path in work.iterdir()} <= {_LOCK, JOB_FILE, _HESSIANS, _RESULTS, _TUNED}:
         manifest = read_manifest(out)
-        tokens = None if manifest.hessian is None else manifest.hessian.digest
         same_plan = (out / PLAN_FILE).read_text(encoding="utf-8") == dump_yaml(plan)
-        if same_plan and tokens == (None if hessian is None else hessian.digest):
+        found = manifest.tuning and (manifest.tuning.method, manifest.tuning.tokens)
+        wanted = tuning and (tuning.method, CalibrationPart.of(tuning.tokens))
+        if same_plan and manifest.hessian == CalibrationPart.of(hessian) and found == wanted:
             shutil.rmtree(work)
             return Applied(manifest)
     raise CheckpointError(f"{out} exists already; choose another --out, or remove it and {work}.")
@@ -200,6 +208,7 @@ def _build(
     device: str,
     engine: Engine,
     tokens: Calibration | None,
+    tuner: Tuner | None,
 ) -> CheckpointManifest:
     """Do all jobs and write the checkpoint to the working directory."""
     draft = work / _DRAFT
@@ -207,20 +216,23 @@ def _build(
     draft.mkdir()
     specs = _specs(plan)
     jobs = JobList.open(work / _RESULTS, [(layer, specs[layer.name]) for layer in info.layers])
-    results = _write_weights(info, specs, task, jobs, draft, device, engine)
+    tuned: dict[str, Tensor] = {}
+    tuning = None
+    if tuner is not None:
+        for _ in run_jobs(task, jobs, device=device, engine=engine, what="quantizing"):
+            pass  # results stay on disk
+        patterns = {entry.layer: entry.pattern for entry in plan.layers}
+        tuned, tuning = tuner.run(task, jobs, patterns)
+    results = _write_weights(info, specs, task, jobs, draft, device, engine, tuned)
     _write_config(plan, info, results, task.model_dir, draft)
     for pattern in _COPIED:
         for path in sorted(task.model_dir.glob(pattern)):
             shutil.copyfile(path, draft / path.name)
     save_plan(plan, draft / PLAN_FILE)
     (draft / "README.md").write_text(model_card(plan), encoding="utf-8")
-    part = (
-        None if tokens is None else HessianPart(tokens=tokens.windows.numel(), text=tokens.text, digest=tokens.digest)
-    )
     fields = {"msq_version": __version__, "model": plan.model.name, "memory_bytes": plan.promised.memory_bytes}
-    return write_manifest(
-        draft, fields | {"hessian": part, "errors": {name: result.error for name, result in results.items()}}
-    )
+    fields |= {"hessian": CalibrationPart.of(tokens), "tuning": tuning}
+    return write_manifest(draft, fields | {"errors": {name: result.error for name, result in results.items()}})
 
 
 def _write_weights(
@@ -231,8 +243,13 @@ def _write_weights(
     draft: Path,
     device: str,
     engine: Engine,
+    tuned: Mapping[str, Tensor],
 ) -> dict[str, WeightResult]:
-    """Fill the weights files as jobs get done; returns the results without their tensors."""
+    """Fill the weights files as jobs get done; returns the results without their tensors.
+
+    Args:
+        tuned: tensors that take the place of encoded or untouched ones, by name.
+    """
     planned = {layer.stored_as for layer in info.layers} - {EMBEDDING}  # a tied head's codes stand beside it
     untouched = [
         (path, tensor)
@@ -248,11 +265,13 @@ def _write_weights(
     results = {}
     with ShardWriter(draft, [*(tensor for _, tensor in untouched), *packed]) as writer:
         for path, tensor in untouched:
-            writer.write(tensor.name, stored_pieces(path, tensor))
+            changed = tuned.get(tensor.name)
+            writer.write(tensor.name, stored_pieces(path, tensor) if changed is None else [changed])
         for job in run_jobs(task, jobs, device=device, engine=engine, what="quantizing"):
             result = read_weight_result(jobs.path(job))
             for name, values in result.tensors.items():
-                writer.write(f"{job.layer.name}.{name}", [values])
+                stored = f"{job.layer.name}.{name}"
+                writer.write(stored, [tuned.get(stored, values)])
             results[job.layer.name] = replace(result, tensors={})
         writer.finish()
     return results

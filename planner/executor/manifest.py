@@ -10,6 +10,7 @@ when it is loaded.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...kernels.errors import QuantizerError
 from ...kernels.specs import QuantizerSpec
+from ...profiles.calibration import Calibration
 from ...profiles.errors import ProfileError
 from ...profiles.files import dump_yaml, read_yaml, sha256_file, validation_sentence, write_atomic
-from ...profiles.schema import Digest, Name, check_schema_version
+from ...profiles.schema import Digest, Name, TokenSource, check_schema_version
 from ..plan import PlanQuantizer
 from .errors import CheckpointError
 
@@ -69,18 +71,56 @@ class QuantizationConfig(_Part):
         return list(dict.fromkeys(layer.pattern for layer in self.layers.values()))
 
 
-class HessianPart(_Part):
-    """What the Hessians of a checkpoint's quantization were collected on.
+class CalibrationPart(_Part):
+    """The tokens that a checkpoint was calibrated on.
 
     Attributes:
         tokens: how many.
-        text: name of the text; null for random tokens.
+        source: where they come from; null in checkpoints that don't tell.
+        text: name of the text; null for other sources.
         digest: SHA-256 of the tokens.
     """
 
     tokens: Annotated[int, Field(ge=1)]
+    source: TokenSource | None = None
     text: Name | None
     digest: Digest
+
+    @classmethod
+    def of(cls, calibration: Calibration | None) -> CalibrationPart | None:
+        """The description of some tokens; None of none."""
+        if calibration is None:
+            return None
+        return cls(
+            tokens=calibration.windows.numel(),
+            source=calibration.source,
+            text=calibration.text,
+            digest=calibration.digest,
+        )
+
+
+class TuneMethod(StrEnum):
+    """What is fitted after encoding; see `tuning`."""
+
+    LAYERS = "layers"
+    BLOCKS = "blocks"
+    MODEL = "model"
+
+
+class TuningPart(_Part):
+    """What was tuned after encoding.
+
+    Attributes:
+        method: how.
+        tokens: that blocks and model were tuned on; null for `LAYERS`, which takes the Hessians of the quantization.
+        losses: of each tuned block, before and after: squared error of its output, relative to its power.
+        kl: of the whole model to the original on these tokens, nats a token, before and after it was tuned as a whole.
+    """
+
+    method: TuneMethod
+    tokens: CalibrationPart | None = None
+    losses: tuple[tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]], ...] = ()
+    kl: tuple[float, float] | None = None
 
 
 class CheckpointManifest(_Part):
@@ -89,7 +129,8 @@ class CheckpointManifest(_Part):
     Attributes:
         memory_bytes: packed bytes of the planned layers, as promised and as stored.
         hessian: what the weights were quantized under; null for data-free quantization.
-        errors: measured normalised error of each planned layer, the proxy error where there is `hessian`.
+        tuning: what was tuned after encoding; null for nothing.
+        errors: measured normalised error of each planned layer as encoded, the proxy error where there is `hessian`.
         files: SHA-256 of every other file of the checkpoint.
     """
 
@@ -97,7 +138,8 @@ class CheckpointManifest(_Part):
     msq_version: Name
     model: Name
     memory_bytes: Annotated[int, Field(ge=1)]
-    hessian: HessianPart | None = None
+    hessian: CalibrationPart | None = None
+    tuning: TuningPart | None = None
     errors: dict[Name, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     files: dict[Name, Digest] = Field(min_length=1)
 

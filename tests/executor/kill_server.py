@@ -17,8 +17,10 @@ from pathlib import Path
 import torch
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.executor.apply import apply_plan
+from msq.planner.executor.manifest import TuneMethod
+from msq.planner.executor.tuning import Tuning
 from msq.planner.plan import load_plan
-from msq.profiles.hessians import calibration
+from msq.profiles.calibration import calibration
 from msq.profiles.job import ProfileSettings, run_profile
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
@@ -53,7 +55,8 @@ def run(command: dict, limit: int, answer: int) -> None:
         run_profile(model, out, SETTINGS, name="tiny")
     else:
         tokens = calibration(model, None, tokens=64, window=32, seed=0)
-        apply_plan(model, load_plan(command["plan"]), out, hessian=tokens)
+        tuning = Tuning(TuneMethod.BLOCKS, tokens)
+        apply_plan(model, load_plan(command["plan"]), out, hessian=tokens, tuning=tuning)
     os.write(answer, f"{count}\n".encode())
 
 

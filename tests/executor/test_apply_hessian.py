@@ -17,7 +17,8 @@ from msq.planner.executor.load import quantized_weights, read_tensors
 from msq.planner.executor.manifest import parse_quantization_config, read_manifest
 from msq.planner.plan import load_plan
 from msq.planner.solve import find_plan
-from msq.profiles.hessians import calibration, collect_hessians
+from msq.profiles.calibration import calibration
+from msq.profiles.hessians import collect_hessians
 from msq.profiles.inventory import inventory
 from msq.profiles.job import ProfileSettings, run_profile
 from msq.profiles.models import choose_device, load_config

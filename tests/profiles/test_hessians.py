@@ -9,8 +9,9 @@ import torch
 from msq.kernels.rotation import input_seed, rotate
 from msq.profiles import hessians as hessians_module
 from msq.profiles.blockwise import BlockwiseModel
+from msq.profiles.calibration import calibration
 from msq.profiles.errors import ProfileError
-from msq.profiles.hessians import calibration, collect_hessians
+from msq.profiles.hessians import collect_hessians
 from msq.profiles.inventory import inventory
 from msq.profiles.models import choose_device, load_model
 from msq.profiles.streaming import StreamedModel
@@ -30,10 +31,10 @@ def test_a_streamed_pass_equals_the_whole_model(tiny_model, monkeypatch):
     recording = BlockwiseModel(load_model(tiny_model, CPU)).record(tokens)
     streamed = StreamedModel(tiny_model, tokens, CPU)
     while streamed.block < streamed.blocks:
-        assert torch.allclose(torch.cat(streamed._hidden), recording.hidden[streamed.block], atol=1e-5)
+        assert torch.allclose(torch.cat(streamed.hidden), recording.hidden[streamed.block], atol=1e-5)
         streamed.advance({})
         assert all(parameter.is_meta for parameter in streamed._decoder.layers.parameters())
-    assert torch.allclose(torch.cat(streamed._hidden), recording.hidden[-1], atol=1e-5)
+    assert torch.allclose(torch.cat(streamed.hidden), recording.hidden[-1], atol=1e-5)
 
 
 def test_hessians_are_the_second_moments_of_the_rotated_inputs(tiny_model, tmp_path):

@@ -14,8 +14,9 @@ from msq.kernels.rotation import input_seed
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.profiles import job as job_module
 from msq.profiles.blockwise import BlockwiseModel, token_kl
+from msq.profiles.calibration import calibration
 from msq.profiles.errors import ProfileError
-from msq.profiles.hessians import calibration, collect_hessians
+from msq.profiles.hessians import collect_hessians
 from msq.profiles.inventory import inventory
 from msq.profiles.job import ProfileSettings, run_profile
 from msq.profiles.journal import JOURNAL_FILE, Journal

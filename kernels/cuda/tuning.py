@@ -246,7 +246,7 @@ _TOKEN_CYCLES = 2
 _CONFLICTS = {32: 1.0, 16: 1.15, 8: 1.4, 4: 1.7, 1: 2.0}
 """What `_UNIT_CYCLES` grow by with fewer copies of the table."""
 _ONE_ROW = {"table of bytes": 1.12, "signed": 1.03, "smaller": 0.96}
-"""And where a warp has one row at a time, by the table: a trellis code has all copies and both signs, or a smaller one."""
+"""And where a warp has one row at a time; a trellis code's table has all copies and both signs, or is smaller."""
 _UNSIGNED = 1.15
 """And where signs are set by an instruction of their own."""
 _FIRST_STEP_UNITS = 0.8

@@ -38,9 +38,10 @@ struct Unit {
     u32 words[WIDTH] = {};
     u32 next;  // trellis codes: the first 16 bits that follow the lane's run, block 0 in the low half, 1 in the high
 
-    // From global memory; where not `active`, the words stay as they are.
-    __device__ __forceinline__ void load(const u8* bytes, bool active = true) {
-        int lane = lane_index();
+    // A lane's words from global memory, by default its own; where not `active`, the words stay as they are.
+    __device__ __forceinline__ void load(const u8* bytes, bool active = true) { load(bytes, active, lane_index()); }
+
+    __device__ __forceinline__ void load(const u8* bytes, bool active, int lane) {
 #pragma unroll
         for (int piece = 0; piece < WIDTH / 4; ++piece) {
             u32* to = words + 4 * piece;
@@ -295,11 +296,14 @@ struct TrellisDecoder {
 
     static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
 
+    // The first 16 bits of a lane's runs: what follows the runs of lane - 4.
+    static __device__ __forceinline__ u32 starts(const Unit<WIDTH>& unit) {
+        return permute(unit.words[0], unit.words[WIDTH / 2], (WIDTH & 1) != 0 ? 0x7610 : 0x5410);
+    }
+
     // The run of lane + 4 continues a lane's run: the streams are circles.
     static __device__ __forceinline__ void finish(Unit<WIDTH>& unit) {
-        constexpr u32 selector = (WIDTH & 1) != 0 ? 0x7610 : 0x5410;
-        u32 starts = permute(unit.words[0], unit.words[WIDTH / 2], selector);
-        unit.next = shuffle(starts, (lane_index() + 4) & 31);
+        unit.next = shuffle(starts(unit), (lane_index() + 4) & 31);
     }
 
     template <int BLOCK>

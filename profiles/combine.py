@@ -80,9 +80,11 @@ def _layers(loss: Profile, latency: Profile, sensitivities: Mapping[str, float])
     both = loss.layers.merge(latency.layers, on=keys, how="outer", suffixes=("", "_there"), indicator=True)
     missing = both[both["_merge"] == "left_only"]
     if len(missing):
+        row = missing.iloc[0]
+        hint = "measured with --embedding" if row["role"] in EMBEDDING_ROLES else "of the same shapes"
         raise ProfileError(
-            f"{missing['layer'].iloc[0]} of {loss.manifest.model.name} has no counterpart in the latency profile of "
-            f"{latency.manifest.model.name}; take one of the same shapes."
+            f"{row['layer']} of {loss.manifest.model.name} has no counterpart in the latency profile of "
+            f"{latency.manifest.model.name}; take one {hint}."
         )
     shared = both[both["_merge"] == "both"]
     for size in sizes:

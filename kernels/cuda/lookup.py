@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,7 @@ _UNITS_AT_ONCE = 8
 """Units of a row that a warp decodes together."""
 
 
+@cache
 def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source, int]:
     """The kernel of one segment, and its bytes of shared memory.
 
@@ -27,7 +30,7 @@ def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source
     """
     macros = table_macros(spec, 1, signed=False)  # one copy of the table: few lookups don't repay more
     macros |= {"WIDTH_LOW": pair_width(rate), "WARPS": _WARPS, "OUT": ROW_FORMATS[dtype]}
-    return Source("lookup.cu", "look_up", macros), table_size(spec, 1, signed=False) + spec.table_bytes
+    return Source("lookup.cu", "look_up", macros), table_size(spec, 1, signed=False)
 
 
 def lookup(tokens: Tensor, weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Tensor:

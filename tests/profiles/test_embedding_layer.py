@@ -75,6 +75,11 @@ def test_a_head_alone_contradicts_a_tied_embedding(tmp_path):
     assert not (tmp_path / "profile").exists()
 
 
+def test_flags_that_contradict_each_other_exit_with_2(msq, tmp_path):
+    code, out, err = msq("profile", "ref-tiny-3m", "--out", tmp_path / "p", "--embedding", "--no-head")
+    assert (code, out) == (2, "") and "the head of ref-tiny-3m is its embedding" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_its_sensitivity_is_that_of_the_whole_model(tiny_llama, tmp_path, tied):
     directory = TIED if tied else tiny_llama

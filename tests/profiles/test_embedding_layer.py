@@ -36,6 +36,7 @@ from msq.profiles.models import choose_device, load_model, load_tokenizer
 from msq.profiles.quantizer_errors import read_weight
 from msq.profiles.schema import EMBED, EMBED_ROLE, HEAD, TIED_ROLE, LossMethod
 from msq.profiles.sensitivity import measure_sensitivities
+from msq.profiles.tables import save_profile
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -144,6 +145,16 @@ def test_tables_and_plan_have_it(applied):
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
     console.print(plan_map(plan))
     assert "embed_tokens" in console.export_text()
+
+
+def test_a_table_has_one_embedding_before_the_blocks(applied, tmp_path):
+    _, profile, _ = applied
+    late = profile.layers.assign(block=[1, *profile.layers["block"][1:]])
+    second = profile.layers["role"].where(profile.layers["layer"] != profile.layer_names[1], EMBED_ROLE)
+    for layers in (late, profile.layers.assign(role=second)):
+        with pytest.raises(ProfileError, match=r"is an embedding in block \d; expected one at most, in block 0"):
+            tables = {"errors": profile.errors, "latency": profile.latency}
+            save_profile(tmp_path / "p", profile.manifest, layers, profile.quantizers, **tables)
 
 
 def test_promised_bytes_are_those_on_disk_and_in_memory(applied):

@@ -1,6 +1,6 @@
 """What it is worth to plan the embedding: models of the same bytes, everything in them counted.
 
-    python -m msq.experiments.compare_embeddings --measure test.txt --out embeddings.csv        minutes on two cores
+    python -m msq.experiments.compare_embeddings --measure test.txt --out embeddings.csv        half an hour on a core
 
 For every rate of `--rates` the blocks' layers are planned at so many bits per weight and the rest stays as it is
 stored; that model's bytes are the budget of the two others: with a head of its own beside the stored embedding, and

@@ -32,7 +32,7 @@ def test_rows_are_bit_for_bit_those_of_the_twin(spec):
         ready, exact = prepare(weight), decode(weight)
         for count in (1, 8, 1000):
             tokens = torch.randint(rows, (count,), device=DEVICE)
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for dtype in (torch.float32, torch.float16, torch.bfloat16) if spec in FAMILIES else (torch.float32,):
                 assert torch.equal(lookup(tokens, ready, dtype), exact[tokens].to(dtype))
 
 

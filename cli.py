@@ -111,6 +111,13 @@ def profile(
         bool | None,
         typer.Option("--head/--no-head", help="Plan lm_head; default: where its weight isn't the embedding's."),
     ] = None,
+    embedding: Annotated[
+        bool,
+        typer.Option(
+            "--embedding/--no-embedding",
+            help="Plan the input embedding; where lm_head is tied to it, the two as one layer.",
+        ),
+    ] = False,
     latency_only: Annotated[
         bool, typer.Option("--latency-only", help="Measure kernels and overhead alone; no weights are needed.")
     ] = False,
@@ -133,7 +140,9 @@ def profile(
 
     specs, batches = parse_palette(quantizers, state_bits), parse_batch_sizes(batch_sizes)
     if latency_only:
-        measure_latencies(model, out, specs, batches, context, device, restart=restart, json_output=json_output)
+        measure_latencies(
+            model, out, specs, batches, context, device, embedding=embedding, restart=restart, json_output=json_output
+        )
         return
     settings = ProfileSettings(
         specs=specs,
@@ -148,6 +157,7 @@ def profile(
         device=device,
         error=error,
         head=head,
+        embedding=embedding,
     )
     if context is not None:
         settings = replace(settings, context=context)

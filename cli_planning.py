@@ -142,7 +142,7 @@ def _print_plan(found: Plan) -> None:
     bound = "no bound" if report.gap is None else f"proven gap {100 * report.gap:.3g}% of it"
     print(f"loss {promised.loss:.6g} ({report.status}, {bound}; {report.name}, {report.seconds:.2f} s)")
     rest = found.model.unplanned_bytes
-    whole = "" if rest is None else f"; {promised.memory_bytes + rest} with embeddings and all that stays as it is"
+    whole = "" if rest is None else f"; {promised.memory_bytes + rest} with all that stays as it is"
     print(f"memory {promised.memory_bytes} bytes, {promised.bits_per_weight:.4f} bits per weight{whole}")
     for batch, latency in promised.latency_us.items():
         shown = "not profiled" if latency is None else f"{latency:.1f} us a step, {batch * 1e6 / latency:.1f} tokens/s"

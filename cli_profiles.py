@@ -73,6 +73,7 @@ def measure_latencies(
     context: int | None,
     device: str,
     *,
+    embedding: bool,
     restart: bool,
     json_output: bool,
 ) -> None:
@@ -82,7 +83,7 @@ def measure_latencies(
     from .profiles.shipped import resolve_config
 
     chosen = {} if context is None else {"context": context}
-    settings = LatencySettings(specs=specs, batch_sizes=batches, device=device, **chosen)
+    settings = LatencySettings(specs=specs, batch_sizes=batches, device=device, embedding=embedding, **chosen)
     config = resolve_config(model)
     done = finish_profile(
         lambda: run_latency_profile(config, out, settings, overhead=ExecutorOverhead(), restart=restart), out

@@ -5,9 +5,10 @@
 
 Rows: `fp16 compiled` (the stock model under torch.compile with CUDA graphs and a static cache, as a user would run it;
 compiling takes a minute or two for each batch size), `fp16 fused` (its weights in the fused step: what is gained beside
-the products), `no-op` (the fused step without any product of a planned layer: the overhead of every plan), a label
-such as `nuq-3` (for every layer, q k v and gate up fused, the head in `--head`), a plan's file (run as planned),
-and a plan's file with `:single` behind it (no layers fused). Weights are random bits; memory and promises are exact.
+the products), `no-op` (the fused step without any product of a planned layer: the overhead of every plan), a label such
+as `nuq-3` (for every layer, q k v and gate up fused, the head in `--head`, the embedding in `--embedding`), a plan's
+file (run as planned), and a plan's file with `:single` behind it (no layers fused). Weights are random bits; memory and
+promises are exact.
 """
 
 from __future__ import annotations
@@ -185,7 +186,8 @@ def measure(name: str, config: Any, arguments: argparse.Namespace, device: torch
         quantization = planned_quantization(config, plan)
     else:
         spec = spec_of("nuq-2" if name == NO_OP else name)
-        quantization = uniform_quantization(config, spec, head=head)
+        embedding = None if arguments.embedding == "none" else spec_of(arguments.embedding)
+        quantization = uniform_quantization(config, spec, head=head, embedding=embedding)
     model = random_model(config, quantization, device, fused=not name.endswith(_SINGLE))
     if name == NO_OP:
         for batch, step_us in measure_without_products(model, batches, arguments.context).items():
@@ -204,6 +206,7 @@ def main() -> None:
     parser.add_argument("--plans", default="", help="plan files to add to the rows, comma-separated")
     parser.add_argument("--config", default="llama-3.1-8b", help="config.json, or shapes that ship with msq")
     parser.add_argument("--head", default="nuq-4", help="quantizer of the head in uniform rows; none for fp16")
+    parser.add_argument("--embedding", default="none", help="quantizer of the embedding in uniform rows; none for fp16")
     parser.add_argument("--batch-sizes", default="1,8")
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--device", default="cuda")

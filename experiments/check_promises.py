@@ -25,13 +25,13 @@ from ..planner.executor.apply import apply_plan
 from ..planner.executor.load import load_checkpoint
 from ..planner.solve import find_plan
 from ..profiles.blockwise import BlockwiseModel
-from ..profiles.inventory import inventory
+from ..profiles.inventory import inventory, outside_blocks
 from ..profiles.job import ProfileSettings, run_profile
 from ..profiles.model_source import resolve_model
 from ..profiles.models import choose_device, load_model, load_tokenizer, random_windows, token_windows
 from ..profiles.options import parse_palette
 from ..profiles.quantizer_errors import read_weight
-from ..profiles.schema import HEAD, MANIFEST_FILE
+from ..profiles.schema import MANIFEST_FILE
 from ..profiles.tables import Profile, load_profile
 from .demo import PALETTE, STATE_BITS, help_text_windows
 from .evaluate import evaluate
@@ -66,7 +66,7 @@ def single_layer_swaps(model: nn.Module, directory: Path, profile: Profile, wind
     sensitivity = dict(zip(profile.layer_names, profile.sensitivities, strict=True))
     rows, columns = list(profile.layer_names), list(profile.labels)
     swaps = []
-    for layer in inventory(directory, head=HEAD in profile.layer_names).layers:
+    for layer in inventory(directory, **outside_blocks(profile.layer_names)).layers:
         weight = read_weight(directory, layer).to(device)
         for label in labels:
             quantized = quantize(weight, profile.spec(label), rotation_seed=input_seed(layer.fusion_group, seed))

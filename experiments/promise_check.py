@@ -30,10 +30,10 @@ from ..planner.executor.manifest import parse_quantization_config, read_manifest
 from ..planner.plan import Plan
 from ..planner.solve import find_plan
 from ..profiles.blockwise import BlockwiseModel
-from ..profiles.inventory import inventory
+from ..profiles.inventory import inventory, outside_blocks
 from ..profiles.models import load_config
 from ..profiles.progress import progress
-from ..profiles.schema import HEAD, LossMethod
+from ..profiles.schema import LossMethod
 from ..profiles.tables import Profile, load_profile, save_profile
 from .evaluate import evaluate
 
@@ -222,9 +222,8 @@ class PromiseCheck:
         blockwise = BlockwiseModel(self.reference)
         device = next(self.reference.parameters()).device
         recording = blockwise.record(self.windows.to(device))
-        by_name = {
-            layer.name: layer for layer in inventory(self.model_dir, head=HEAD in self.profile.layer_names).layers
-        }
+        info = inventory(self.model_dir, **outside_blocks(self.profile.layer_names))
+        by_name = {layer.name: layer for layer in info.layers}
         layers = [by_name[name] for name in self.profile.layer_names]
         values: dict[str, list[float]] = {layer.name: [] for layer in layers}
         with progress("measuring layers", len(layers) * len(checkpoints)) as advance:

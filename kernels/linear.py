@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .embedding import PackedEmbedding, QuantizedEmbedding
 from .errors import KernelError, QuantizerError
 from .quantize import QuantizedWeight, decode, from_tensors
 from .rotation import rotate
@@ -40,7 +41,8 @@ class QuantizedLinear(nn.Module):
         for name, tensor in weight.tensors():
             self.register_buffer(name, tensor)
         self.register_buffer("bias", bias)
-        self._decoded: Tensor | None = None
+        self.decoded: Tensor | None = None
+        """What `keep_decoded` keeps, ``(out_features, in_features)`` float32 in the rotated domain."""
 
     @property
     def weight(self) -> QuantizedWeight:
@@ -52,11 +54,11 @@ class QuantizedLinear(nn.Module):
         """``(..., in_features)`` -> ``(..., out_features)``, computed in float32, returned in the dtype of `x`."""
         turned = x.float() if self.rotation_seed is None else rotate(x, self.rotation_seed)
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(turned, decode(self.weight) if self._decoded is None else self._decoded, bias).to(x.dtype)
+        return F.linear(turned, decode(self.weight) if self.decoded is None else self.decoded, bias).to(x.dtype)
 
     def keep_decoded(self) -> None:
         """Decode now, once for all calls: many times as fast, at 4 bytes a weight; for the device it is on now."""
-        self._decoded = decode(self.weight)
+        self.decoded = decode(self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.spec.label}, in_features={self.in_features}, out_features={self.out_features}"
@@ -174,8 +176,8 @@ class FusedSlice(nn.Module):
         return f"rows {self.index} of {len(fused.rows)}, {fused.linear.extra_repr()}"
 
 
-class Implementation(ABC):
-    """A way to run a quantized layer.
+class Lookup(ABC):
+    """A way to look rows of a quantized layer up.
 
     Attributes:
         name: as in latency tables and plans.
@@ -188,6 +190,14 @@ class Implementation(ABC):
         self, spec: QuantizerSpec, out_features: int, in_features: int, batch_size: int, device: torch.device
     ) -> str | None:
         """None where it works, else one sentence that says why not."""
+
+    @abstractmethod
+    def embedding(self, weight: QuantizedWeight, dtype: torch.dtype) -> PackedEmbedding:
+        """The module that looks rows up and gives them in `dtype`."""
+
+
+class Implementation(Lookup):
+    """A way to run a quantized layer; what runs products looks rows up as well."""
 
     @abstractmethod
     def linear(self, weight: QuantizedWeight, bias: Tensor | None = None) -> nn.Module:
@@ -206,6 +216,9 @@ class ReferenceImplementation(Implementation):
 
     def linear(self, weight: QuantizedWeight, bias: Tensor | None = None) -> nn.Module:
         return QuantizedLinear(weight, bias)
+
+    def embedding(self, weight: QuantizedWeight, dtype: torch.dtype) -> PackedEmbedding:
+        return QuantizedEmbedding(QuantizedLinear(weight), dtype)
 
 
 class TensorCoreImplementation(Implementation):
@@ -233,8 +246,37 @@ class TensorCoreImplementation(Implementation):
 
         return KernelLinear(weight, bias)
 
+    def embedding(self, weight: QuantizedWeight, dtype: torch.dtype) -> PackedEmbedding:
+        from .cuda.embedding import KernelEmbedding
+        from .cuda.linear import KernelLinear
+
+        return KernelEmbedding(KernelLinear(weight), dtype)
+
+
+class LookupKernel(Lookup):
+    """A kernel that decodes the asked rows alone, for CUDA devices from sm_80 on."""
+
+    name = "lookup"
+
+    def unsupported_reason(
+        self, spec: QuantizerSpec, out_features: int, in_features: int, batch_size: int, device: torch.device
+    ) -> str | None:
+        from .cuda.compiler import compiler_version
+        from .cuda.decode import unsupported_weight_reason
+
+        try:
+            compiler_version()
+        except KernelError as cause:
+            return str(cause)
+        return unsupported_weight_reason(spec, out_features, in_features, device)
+
+    def embedding(self, weight: QuantizedWeight, dtype: torch.dtype) -> PackedEmbedding:
+        return TensorCoreImplementation().embedding(weight, dtype)
+
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     i.name: i for i in (ReferenceImplementation(), TensorCoreImplementation())
 }
 """Every implementation, by name; `unsupported_reason` says which work here."""
+LOOKUPS: dict[str, Lookup] = {i.name: i for i in (ReferenceImplementation(), LookupKernel())}
+"""What an embedding of its own may run on; one that is the head's weight too runs on the head's implementation."""

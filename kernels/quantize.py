@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .codebooks import codebook as shipped_codebook
@@ -261,6 +262,24 @@ def decode_unit(weight: QuantizedWeight) -> Tensor:
 def decode(weight: QuantizedWeight) -> Tensor:
     """The layer's weights in the rotated domain, ``(out_features, in_features)`` float32: code value x row scale."""
     return decode_unit(weight) * weight.scales.float().unsqueeze(1)
+
+
+def decode_rows(weight: QuantizedWeight, rows: Tensor) -> Tensor:
+    """Some rows of `decode`, ``(..., in_features)`` float32.
+
+    Rows of tiles are decoded whole, and all of them where that is less work.
+
+    Args:
+        rows: ``(...)`` int64; one that the weight lacks is an IndexError on a CPU.
+    """
+    scales = F.embedding(rows, weight.scales.float().unsqueeze(1))
+    if rows.numel() >= weight.packed[0].shape[0]:
+        return F.embedding(rows, decode_unit(weight)) * scales
+    tiles = (rows // TILE).flatten()
+    packed = tuple(part[tiles] for part in weight.packed)
+    units = decode_unit(replace(weight, out_features=TILE * len(tiles), packed=packed))
+    places = TILE * torch.arange(len(tiles), device=rows.device) + (rows % TILE).flatten()
+    return units[places].view(*rows.shape, weight.in_features) * scales
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:

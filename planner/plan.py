@@ -33,8 +33,8 @@ class PlanModel(_Part):
 
     Attributes:
         digest: of the measured weights, null where the profile has none.
-        unplanned_bytes: of what the plan leaves as it is (embeddings, norms, biases, an unplanned head), null where the
-            profile doesn't tell; with the promised bytes, the whole model.
+        unplanned_bytes: of what the plan leaves as it is (norms, biases, an unplanned embedding or head), null where
+            the profile doesn't tell; with the promised bytes, the whole model.
     """
 
     name: Name

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .inventory import LayerInfo
-from .schema import HEAD
 
 _LOGITS_AT_ONCE = 1 << 24
 """Logits that `BlockwiseModel.kl_per_window` forms at a time."""
@@ -28,11 +27,13 @@ class Recording:
     """One pass of the unchanged model over a batch.
 
     Attributes:
+        tokens: ``(windows, length)`` int64.
         hidden: what enters each block, then what leaves the last, each ``(windows, length, hidden_size)``.
         arguments: keyword arguments of each block (positions, mask).
         logits: ``(windows * length, vocabulary)``, kept from their first use on if they are few.
     """
 
+    tokens: Tensor
     hidden: list[Tensor]
     arguments: list[dict[str, Any]]
     logits: Tensor | None = None
@@ -64,7 +65,7 @@ class BlockwiseModel:
         finally:
             for handle in handles:
                 handle.remove()
-        return Recording([*hidden, last[0]], arguments)
+        return Recording(tokens, [*hidden, last[0]], arguments)
 
     def kl_of_change(self, recording: Recording, layer: LayerInfo, weight: Tensor) -> Tensor:
         """Mean KL(original || changed) over the tokens of each window when one layer has another weight.
@@ -75,16 +76,23 @@ class BlockwiseModel:
         Returns:
             ``(windows,)`` float64, nats.
         """
-        if layer.role == HEAD:  # not replaced: it may be the embedding's weight too
-            return self.kl_per_window(recording, recording.hidden[-1], head=weight)
+        if layer.is_embedding or layer.is_head:  # not replaced: another module may have the same weight
+            hidden, head = recording.hidden[-1], weight if layer.is_head else None
+            if layer.is_embedding:
+                hidden = self.resume(recording, 0, F.embedding(recording.tokens, weight.to(hidden.dtype)))
+            return self.kl_per_window(recording, hidden, head=head)
         with replaced(self.model.get_parameter(f"{layer.name}.weight"), weight):
             changed = self.resume(recording, layer.block)
         return self.kl_per_window(recording, changed)
 
     @torch.inference_mode()
-    def resume(self, recording: Recording, block: int) -> Tensor:
-        """What leaves the last block when blocks from `block` on run again, ``(windows, length, hidden_size)``."""
-        hidden = recording.hidden[block]
+    def resume(self, recording: Recording, block: int, changed: Tensor | None = None) -> Tensor:
+        """What leaves the last block when blocks from `block` on run again, ``(windows, length, hidden_size)``.
+
+        Args:
+            changed: what enters `block` instead of what was recorded.
+        """
+        hidden = recording.hidden[block] if changed is None else changed
         for module, keywords in zip(self.blocks[block:], recording.arguments[block:], strict=True):
             hidden = module(hidden, **keywords)
         return hidden

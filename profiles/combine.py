@@ -9,16 +9,16 @@ import numpy as np
 import pandas as pd
 
 from .errors import ProfileError
-from .schema import HEAD, LatencyPart
+from .schema import EMBED_ROLE, EMBEDDING_ROLES, HEAD, HEAD_ROLES, TIED_ROLE, LatencyPart
 from .tables import Profile, save_profile
 
 
 def combine(loss: Profile, latency: Profile, out: Path, *, sensitivities: Mapping[str, float] | None = None) -> Profile:
     """Write the profile of a model with the losses of one profile and the latencies of another.
 
-    Layers are matched by block and role. A head that only the latency profile plans stays in the model's own dtype; its
-    time goes to the overhead. Quantizers are matched by their fields; those without a latency stay, for memory budgets.
-    Where the losses rest on errors on N(0,1) alone, the palette is that of the latency profile.
+    Layers are matched by block and role. A head or embedding that only the latency profile plans stays in the model's
+    own dtype; its time goes to the overhead. Quantizers are matched by their fields; those without a latency stay, for
+    memory budgets. Where the losses rest on errors on N(0,1) alone, the palette is that of the latency profile.
 
     Args:
         out: the new profile's directory.
@@ -35,8 +35,9 @@ def combine(loss: Profile, latency: Profile, out: Path, *, sensitivities: Mappin
             "measure them with `msq profile --latency-only` on the target GPU."
         )
     layers = _layers(loss, latency, sensitivities or {})
-    if HEAD not in set(layers["role"]) and HEAD in set(latency.layers["role"]):
-        part = _with_plain_head(part)
+    for role in _OUTSIDE:
+        if role not in set(layers["role"]) and role in set(latency.layers["role"]):
+            part = _with_plain(part, role)
     gaussian = described.error == "gaussian"
     base = latency if gaussian else loss
     quantizers = base.quantizers
@@ -79,9 +80,11 @@ def _layers(loss: Profile, latency: Profile, sensitivities: Mapping[str, float])
     both = loss.layers.merge(latency.layers, on=keys, how="outer", suffixes=("", "_there"), indicator=True)
     missing = both[both["_merge"] == "left_only"]
     if len(missing):
+        row = missing.iloc[0]
+        hint = "measured with --embedding" if row["role"] in EMBEDDING_ROLES else "of the same shapes"
         raise ProfileError(
-            f"{missing['layer'].iloc[0]} of {loss.manifest.model.name} has no counterpart in the latency profile of "
-            f"{latency.manifest.model.name}; take one of the same shapes."
+            f"{row['layer']} of {loss.manifest.model.name} has no counterpart in the latency profile of "
+            f"{latency.manifest.model.name}; take one {hint}."
         )
     shared = both[both["_merge"] == "both"]
     for size in sizes:
@@ -93,7 +96,7 @@ def _layers(loss: Profile, latency: Profile, sensitivities: Mapping[str, float])
                 "latency profile; take one of the same shapes."
             )
     extra = latency.layers[latency.layers["layer"].isin(both["layer_there"][both["_merge"] == "right_only"])]
-    odd = extra[~extra["layer"].isin(list(sensitivities)) & (extra["role"] != HEAD)]
+    odd = extra[~extra["layer"].isin(list(sensitivities)) & ~extra["role"].isin(_OUTSIDE)]
     if len(odd):
         raise ProfileError(
             f"the latency profile has {odd['layer'].iloc[0]}, the loss profile doesn't; take one of the same shapes."
@@ -105,20 +108,29 @@ def _layers(loss: Profile, latency: Profile, sensitivities: Mapping[str, float])
     return pd.concat([loss.layers, added[list(loss.layers.columns)]], ignore_index=True)
 
 
-def _with_plain_head(part: LatencyPart) -> LatencyPart:
-    if part.head_us is None:
-        raise ProfileError(
-            "the latency profile plans lm_head, the loss profile doesn't, and the time of an unquantized head was not "
-            "measured; give a sensitivity for lm_head, or measure latencies again."
-        )
-    overhead = {batch: us + part.head_us[batch] for batch, us in part.overhead_us.items()}
-    calibrated = None
-    if part.calibrated is not None:
-        calibrated = {
-            batch: step.model_copy(update={"overhead_us": step.overhead_us + part.head_us[batch]})
-            for batch, step in part.calibrated.items()
-        }
-    return part.model_copy(update={"overhead_us": overhead, "head_us": None, "calibrated": calibrated})
+_OUTSIDE = (EMBED_ROLE, TIED_ROLE, HEAD)
+"""Roles of layers outside the blocks, which a plan may leave out."""
+
+
+def _with_plain(part: LatencyPart, role: str) -> LatencyPart:
+    """With the time of the unquantized layers of a role in the overhead."""
+    names = [*(["head_us"] if role in HEAD_ROLES else []), *(["embedding_us"] if role in EMBEDDING_ROLES else [])]
+    for name in names:
+        plain = getattr(part, name)
+        if plain is None:
+            raise ProfileError(
+                f"the latency profile plans {role}, the loss profile doesn't, and the time of an unquantized one was "
+                "not measured; give a sensitivity for it, or measure latencies again."
+            )
+        overhead = {batch: us + plain[batch] for batch, us in part.overhead_us.items()}
+        calibrated = None
+        if part.calibrated is not None:
+            calibrated = {
+                batch: step.model_copy(update={"overhead_us": step.overhead_us + plain[batch]})
+                for batch, step in part.calibrated.items()
+            }
+        part = part.model_copy(update={"overhead_us": overhead, name: None, "calibrated": calibrated})
+    return part
 
 
 def _matching_labels(latency: Profile, base: Profile) -> dict[str, str]:

@@ -7,6 +7,8 @@ independent given the input and scores are zero on average, so the gradient of t
 backward pass, gives an unbiased estimate of the sum of their traces. Errors of a rotated weight know no direction, so
 
     KL per token ~ a_l * |dW|^2 / |W|^2,     a_l = 1/2 * (trace of F_l per token) * |W|^2 / (out * in).
+
+Rows of an embedding are taken one by one, each with its own norm: most tokens are rare, some not there at all.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ def measure_fisher(
     """One backward pass for each group of windows; groups already in the journal are not measured again.
 
     Args:
-        model: the stock model; unchanged when this returns, but for a tied head that is among the layers: it gets a
-            weight of its own.
+        model: the stock model; unchanged when this returns, but for a tied head that is among the layers without the
+            embedding: it gets a weight of its own.
         tokens: ``(windows, length)`` int64, at least two windows; cut into groups of nearly equal size.
         seed: of the labels.
         windows_per_group: windows that are in memory together.
@@ -50,7 +52,9 @@ def measure_fisher(
     Raises:
         ProfileError: a gradient is not finite.
     """
-    if any(layer.stored_as == EMBEDDING for layer in layers):  # else its gradient would be the embedding's too
+    if any(
+        layer.name == HEAD and layer.stored_as == EMBEDDING for layer in layers
+    ):  # else its gradient would be the embedding's too
         head = model.get_submodule(HEAD)
         head.weight = nn.Parameter(model.get_parameter(HEAD_WEIGHT).detach().clone())
     weights = [cast(Tensor, model.get_parameter(f"{layer.name}.weight")) for layer in layers]
@@ -68,9 +72,10 @@ def measure_fisher(
                 labels = torch.multinomial(scores.detach().exp(), 1, generator=generator)
                 gradients = torch.autograd.grad(scores.gather(1, labels).sum(), weights)
             for layer, weight, gradient in zip(layers, weights, gradients, strict=True):
-                power = weight.detach().float().square().mean(dtype=torch.float64)
-                trace = gradient.float().square().sum(dtype=torch.float64) / group.numel()
-                value = float(trace * power) / 2
+                along = (1,) if layer.is_embedding else (0, 1)
+                power = weight.detach().float().square().mean(dim=along, dtype=torch.float64)
+                trace = gradient.float().square().sum(dim=along, dtype=torch.float64) / group.numel()
+                value = float((trace * power).sum()) / 2
                 if not np.isfinite(value):
                     raise ProfileError(
                         f"the gradient of {layer.name} gives a sensitivity of {value}; expected a finite number: use "

@@ -1,6 +1,7 @@
 """Hessians of every layer's input: ``H = E[x x^T]`` over calibration tokens, collected block by block.
 
-One matrix for every fusion group, since its layers share the input. Inputs are those of the unchanged model, turned by
+One matrix for every fusion group, since its layers share the input; none for an embedding, which has no input to weigh
+its columns by. Inputs are those of the unchanged model, turned by
 the group's rotation; sums are float32. The matrices of a block go to a file of their own as soon as it has run, so an
 interrupted job only repeats the forward pass of finished blocks, which is a small part of the work, and a finished job
 none of it.
@@ -86,7 +87,8 @@ def collect_hessians(
     """
     files = HessianFiles(directory, seed)
     claim_directory(directory, {"model": digest, "tokens": tokens.digest, "seed": seed}, "Hessians")
-    missing = [block for block in sorted({layer.block for layer in info.layers}) if not files.path(block).exists()]
+    blocks = sorted({layer.block for layer in info.layers if not layer.is_embedding})
+    missing = [block for block in blocks if not files.path(block).exists()]
     if missing:
         with progress("hessians", missing[-1] + 1) as advance:
             model = StreamedModel(model_dir, tokens.windows, device)
@@ -104,7 +106,7 @@ def _collect_block(model: StreamedModel, info: ModelInventory, files: HessianFil
         return
     first: dict[str, LayerInfo] = {}
     for layer in info.layers:
-        if layer.block == block:
+        if layer.block == block and not layer.is_embedding:
             first.setdefault(layer.fusion_group, layer)
     moments = {
         group: _Moment(layer.in_features, input_seed(group, files.seed), device) for group, layer in first.items()

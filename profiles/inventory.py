@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError, safe_open
 
@@ -30,7 +30,7 @@ from .model_config import (
     ties_embeddings,
     whole_number,
 )
-from .schema import HEAD, ROLES
+from .schema import EMBED, EMBED_ROLE, EMBEDDING_ROLES, HEAD, HEAD_ROLES, ROLES, TIED_ROLE
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,11 +45,11 @@ _BLOCK = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One linear layer.
+    """One linear layer, or the embedding.
 
     Attributes:
         name: module path.
-        block: of the decoder; the head's is the number of blocks.
+        block: of the decoder; the head's is the number of blocks, the embedding's 0.
         stored_as: the tensor with its weight ``(out_features, in_features)``: `name` + ".weight", or the embedding
             where the head is tied to it.
         file: that the tensor is in.
@@ -66,6 +66,16 @@ class LayerInfo:
     file: str
     stored_as: str
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether its rows are looked up by token; there is no input then whose Hessian could be taken."""
+        return self.role in EMBEDDING_ROLES
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the logits are its outputs; one weight may be embedding and head."""
+        return self.role in HEAD_ROLES
+
 
 @dataclass(frozen=True)
 class ModelInventory:
@@ -73,9 +83,12 @@ class ModelInventory:
 
     Attributes:
         tied_embeddings: the head's weight is the embedding.
-        layers: by block, then in the order of `schema.ROLES`; the head, where it is planned, last.
-        unplanned_bytes: bytes, as stored, of all that a plan doesn't touch: embeddings, norms, biases, a head that is
-            not planned. A tied head that is planned gets packed codes of its own; the embedding stays as it is.
+        layers: the embedding, where it is planned; then by block and in the order of `schema.ROLES`; the head, where it
+            is a planned layer of its own, last.
+        replaced_tensors: stored tensors that packed codes replace. A tied head that is planned without the embedding
+            gets codes of its own; the embedding stays as it is.
+        unplanned_bytes: bytes, as stored, of all other tensors: norms, biases, an embedding and a head that are not
+            planned.
         total_parameters: elements of all stored tensors (a tied head counts once).
     """
 
@@ -86,6 +99,7 @@ class ModelInventory:
     hidden_size: int
     tied_embeddings: bool
     layers: tuple[LayerInfo, ...]
+    replaced_tensors: frozenset[str]
     unplanned_bytes: int
     total_parameters: int
 
@@ -95,13 +109,17 @@ class ModelInventory:
         return sum(layer.out_features * layer.in_features for layer in self.layers)
 
 
-def inventory(model_dir: str | Path, *, name: str | None = None, head: bool | None = None) -> ModelInventory:
+def inventory(
+    model_dir: str | Path, *, name: str | None = None, head: bool | None = None, embedding: bool = False
+) -> ModelInventory:
     """The linear layers of the Hugging Face model in `model_dir`.
 
     Args:
         model_dir: directory with config.json and safetensors weights.
         name: how people call the model; the directory's name if not given.
         head: whether lm_head is one of the layers; None for only where its weight is its own, not the embedding.
+        embedding: whether the embedding is one of the layers. Where the head is tied to it, the two are one layer,
+            whatever `head` says.
 
     Raises:
         ProfileError: a file is missing or damaged, the model is of an unsupported architecture, already
@@ -113,15 +131,32 @@ def inventory(model_dir: str | Path, *, name: str | None = None, head: bool | No
     config = read_json(directory / "config.json", "model config")
     architecture_of(config, directory / "config.json")
     tensors = _read_headers(directory)
-    return _inventory(config, tensors, directory, directory / "config.json", name or directory.resolve().name, head)
+    where, named = directory / "config.json", name or directory.resolve().name
+    return _inventory(config, tensors, directory, where, named, head, embedding)
 
 
-def inventory_of_config(path: str | Path, *, name: str | None = None, head: bool | None = None) -> ModelInventory:
+class OutsideBlocks(TypedDict):
+    """Which layers outside the blocks an inventory has."""
+
+    head: bool
+    embedding: bool
+
+
+def outside_blocks(names: Iterable[str]) -> OutsideBlocks:
+    """What `inventory` takes to find the layers of these names again, as a plan or profile lists them."""
+    found = set(names)
+    return {"head": HEAD in found, "embedding": EMBED in found}
+
+
+def inventory_of_config(
+    path: str | Path, *, name: str | None = None, head: bool | None = None, embedding: bool = False
+) -> ModelInventory:
     """The linear layers of the model that a config.json describes; there need be no weights.
 
     Args:
         path: the file.
-        name, head: as for `inventory`; the default name is that of the file, or of its directory for a config.json.
+        name, head, embedding: as for `inventory`; the default name is that of the file, or of its directory for a
+            config.json.
 
     Raises:
         ProfileError: no such file, or as for `inventory`.
@@ -129,7 +164,7 @@ def inventory_of_config(path: str | Path, *, name: str | None = None, head: bool
     where = Path(path)
     config = read_json(where, "model config")
     named = name or (where.resolve().parent.name if where.name == "config.json" else where.stem)
-    return _inventory(config, implied_tensors(config, where), where.parent, where, named, head)
+    return _inventory(config, implied_tensors(config, where), where.parent, where, named, head, embedding)
 
 
 def _inventory(
@@ -139,6 +174,7 @@ def _inventory(
     where: Path,
     name: str,
     head: bool | None,
+    embedding: bool,
 ) -> ModelInventory:
     architecture = architecture_of(config, where)
     shapes = layer_shapes(config, architecture, where)
@@ -156,9 +192,14 @@ def _inventory(
             "the config belongs to another model."
         )
     tied = ties_embeddings(config) or HEAD_WEIGHT not in tensors
-    if head or (head is None and not tied):
+    if embedding:
+        role = TIED_ROLE if tied else EMBED_ROLE
+        layers.insert(0, _layer(tensors, EMBED, 0, role, shapes[HEAD], directory))
+    if not (tied and embedding) and (head or (head is None and not tied)):
         layers.append(_layer(tensors, HEAD, blocks, HEAD, shapes[HEAD], directory, EMBEDDING if tied else HEAD_WEIGHT))
-    planned = {layer.stored_as for layer in layers} - {EMBEDDING}
+    replaced = {layer.stored_as for layer in layers if layer.stored_as == f"{layer.name}.weight"}
+    if tied and embedding:
+        replaced.add(HEAD_WEIGHT)  # some files hold the tied weight twice
     return ModelInventory(
         name=name,
         architecture=architecture,
@@ -167,8 +208,11 @@ def _inventory(
         hidden_size=int(config["hidden_size"]),
         tied_embeddings=tied,
         layers=tuple(layers),
+        replaced_tensors=frozenset(replaced),
         unplanned_bytes=sum(
-            math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype] for key, tensor in tensors.items() if key not in planned
+            math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
+            for key, tensor in tensors.items()
+            if key not in replaced
         ),
         total_parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
     )
@@ -211,7 +255,7 @@ def _layer(
         role=role,
         out_features=shape[0],
         in_features=shape[1],
-        fusion_group=f"{name.removesuffix(role)}{_FUSED.get(role, role)}",
+        fusion_group=f"{name.removesuffix(role)}{_FUSED[role]}" if role in _FUSED else name,
         dtype=_FLOATS[tensor.dtype],
         has_bias=f"{name}.bias" in tensors,
         file=tensor.file,

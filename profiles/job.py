@@ -35,9 +35,19 @@ from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_model
-from .overhead import StepOverhead, journaled_overhead, measure_head, stock_overhead
+from .overhead import StepOverhead, journaled_overhead, measure_plain, stock_overhead
 from .quantizer_errors import measure_errors
-from .schema import MANIFEST_FILE, STOCK_METHODS, LatencyPart, LossMethod, LossPart, ProfileManifest, TokenSource
+from .schema import (
+    EMBED,
+    HEAD,
+    MANIFEST_FILE,
+    STOCK_METHODS,
+    LatencyPart,
+    LossMethod,
+    LossPart,
+    ProfileManifest,
+    TokenSource,
+)
 from .sensitivity import Sensitivity, measure_direct, measure_sensitivities
 from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
@@ -67,6 +77,7 @@ class ProfileSettings:
         seed: of tokens, noise and rotations.
         device: cpu or cuda.
         head: whether lm_head is one of the layers; None for only where its weight is its own, not the embedding.
+        embedding: whether the embedding is one of the layers; tied to the head, the two are one layer.
         error: "weights" measures |W - Q|^2 / |W|^2 of data-free quantization, "proxy" the Hessian-weighted error of
             quantization under the Hessian of the same tokens.
     """
@@ -85,6 +96,7 @@ class ProfileSettings:
     device: str = "cpu"
     error: str = "weights"
     head: bool | None = None
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         if self.method is LossMethod.CALIBRATION_LOSS:
@@ -135,7 +147,12 @@ def run_profile(
         ProfileError: bad model, text or settings; `out` holds a finished profile or another job's rows.
     """
     device = choose_device(settings.device)
-    model_info = inventory(model_dir, name=name, head=settings.head)
+    model_info = inventory(model_dir, name=name, head=settings.head, embedding=settings.embedding)
+    if model_info.tied_embeddings and settings.embedding and settings.head is False:
+        raise ProfileError(
+            f"the head of {name} is its embedding, so the two are planned as one layer; expected --embedding without "
+            "--no-head, or neither of them."
+        )
     digest = model_digest(model_dir)
     tokens = calibration(
         model_dir,
@@ -220,7 +237,7 @@ def _measure(
     batches: dict[str, Any] = {"batch_sizes": settings.batch_sizes, "device": device, "dtype": dtype, "timer": timer}
     with monitored(device) as monitor:
         latencies = measure_latency(layers, settings.specs, journal=journal, monitor=monitor, **batches)
-        head = measure_head(layers, journal=journal, **batches)
+        plain = measure_plain(layers, journal=journal, **batches)
         state = {} if monitor is None else monitor.summary()
     latency = (
         LatencyPart(
@@ -228,7 +245,8 @@ def _measure(
             overhead_us=beside,
             overhead_method=method,
             context=settings.context,
-            head_us=head,
+            head_us=plain.get(HEAD),
+            embedding_us=plain.get(EMBED),
         )
         if settings.batch_sizes
         else None

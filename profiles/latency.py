@@ -7,8 +7,9 @@ rotates its own.
 
 On a GPU the kernels run back to back in a CUDA graph, each on a weight that no cache holds, as they do in a model; all
 of them are compiled beforehand, in as many processes as the machine has cores. The reference implementation, which runs
-everything, is measured there only for what no kernel runs. A row taken while the GPU was held back (heat, power) is
-taken again, and marked if it is held back still.
+everything, is measured there only for what no kernel runs. The embedding's rows are the time of a lookup, a call by
+itself from cold caches, its inverse rotation included; where the embedding is the head as well, that of both. A row
+taken while the GPU was held back (heat, power) is taken again, and marked if it is held back still.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor, nn
 
-from ..kernels.linear import IMPLEMENTATIONS
+from ..kernels.linear import IMPLEMENTATIONS, LOOKUPS
 from ..kernels.random_weight import random_weight
 from ..kernels.specs import TILE, QuantizerSpec
 from .device import usable_cores
@@ -30,6 +32,7 @@ from .gpu_monitor import GpuMonitor
 from .inventory import LayerInfo
 from .journal import Journal
 from .progress import progress
+from .schema import EMBED_ROLE, TIED_ROLE
 from .timing import Timer
 
 _MAX_FUSED = 3
@@ -42,6 +45,8 @@ _POOL_BYTES = 512 << 20
 """Of random codes, where no layer needs more; several times any second-level cache."""
 _REFERENCE = "reference"
 _KERNELS = "tensor_core"
+_LOOKUP_OF = {_REFERENCE: _REFERENCE, _KERNELS: "lookup"}
+"""What looks rows up where a product of the same weight runs on an implementation."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +60,24 @@ class KernelShape:
 
 @dataclass(frozen=True)
 class Product:
-    """What is measured once: a quantizer and implementation at one shape and batch size."""
+    """What is measured once: a quantizer and implementation at one shape and batch size.
+
+    Attributes:
+        lookup: rows are looked up, one a token, and nothing is multiplied.
+    """
 
     out_features: int
     in_features: int
     spec: QuantizerSpec
     implementation: str
     batch_size: int
+    lookup: bool = False
 
     @property
     def key(self) -> tuple[str | int, ...]:
         """Its place in the journal."""
         return (
-            "latency",
+            "lookup" if self.lookup else "latency",
             self.out_features,
             self.in_features,
             self.spec.label,
@@ -115,18 +125,31 @@ def products(
     shapes: Sequence[KernelShape], specs: Sequence[QuantizerSpec], batch_sizes: Sequence[int], device: torch.device
 ) -> list[Product]:
     """What is to be measured, each distinct product once, shape by shape."""
-    found = []
-    distinct = dict.fromkeys((shape.out_features, shape.in_features) for shape in shapes)
-    for (rows, width), spec, batch in itertools.product(distinct, specs, batch_sizes):
+    found: dict[Product, None] = {}
+    for shape, spec, batch in itertools.product(shapes, specs, batch_sizes):
+        rows, width = shape.out_features, shape.in_features
+        offered = LOOKUPS if shape.pattern == EMBED_ROLE else IMPLEMENTATIONS
         names = [
             name
-            for name, implementation in IMPLEMENTATIONS.items()
+            for name, implementation in offered.items()
             if implementation.unsupported_reason(spec, rows, width, batch, device) is None
         ]
         if device.type == "cuda" and len(names) > 1:
             names.remove(_REFERENCE)
-        found += [Product(rows, width, spec, name, batch) for name in names]
-    return found
+        for name in names:
+            found |= dict.fromkeys(_parts(shape, spec, name, batch))
+    return list(found)
+
+
+def _parts(shape: KernelShape, spec: QuantizerSpec, implementation: str, batch: int) -> list[Product]:
+    """What runs one after the other for a pattern: a product, a lookup, or both."""
+    where = (shape.out_features, shape.in_features, spec)
+    if shape.pattern == EMBED_ROLE:
+        return [Product(*where, implementation, batch, lookup=True)]
+    product = Product(*where, implementation, batch)
+    if shape.pattern == TIED_ROLE:
+        return [product, Product(*where, _LOOKUP_OF[implementation], batch, lookup=True)]
+    return [product]
 
 
 def measure_latency(
@@ -161,10 +184,10 @@ def measure_latency(
             advance()
     rows = []
     for shape, spec, batch in itertools.product(shapes, specs, batch_sizes):
-        for name in IMPLEMENTATIONS:
-            key = Product(shape.out_features, shape.in_features, spec, name, batch).key
-            if key in journal:
-                median, spread, throttled = journal[key]
+        for name in LOOKUPS if shape.pattern == EMBED_ROLE else IMPLEMENTATIONS:
+            keys = [part.key for part in _parts(shape, spec, name, batch)]
+            if all(key in journal for key in keys):
+                median, spread, throttled = (sum(column) for column in zip(*(journal[k] for k in keys), strict=True))
                 rows.append(KernelLatency(shape, spec, name, batch, median, spread, bool(throttled)))
     return rows
 
@@ -185,10 +208,19 @@ def _settled(measure: Callable[[], tuple[float, float]], monitor: GpuMonitor | N
 def _measure_module(product: Product, dtype: torch.dtype, timer: Timer, device: torch.device) -> tuple[float, float]:
     generator = torch.Generator(device).manual_seed(0)
     weight = random_weight(product.spec, product.out_features, product.in_features, generator)
-    module = IMPLEMENTATIONS[product.implementation].linear(weight)
-    x = torch.ones(product.batch_size, product.in_features, device=device, dtype=dtype)
+    if product.lookup:
+        module: nn.Module = LOOKUPS[product.implementation].embedding(weight, dtype)
+        x = lookup_tokens(product.batch_size, product.out_features, device)
+    else:
+        module = IMPLEMENTATIONS[product.implementation].linear(weight)
+        x = torch.ones(product.batch_size, product.in_features, device=device, dtype=dtype)
     timing = timer.measure(lambda: module(x))
     return timing.median_us, timing.spread_us
+
+
+def lookup_tokens(batch_size: int, vocabulary: int, device: torch.device) -> Tensor:
+    """Tokens to time a lookup with, ``(batch_size,)``: spread over the vocabulary."""
+    return torch.arange(batch_size, device=device) * (vocabulary // batch_size + 1) % vocabulary
 
 
 class _GraphTimes:

@@ -29,8 +29,8 @@ from .inventory import ModelInventory, inventory_of_config
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .models import choose_device, load_config
-from .overhead import StepOverhead, Zeros, journaled_overhead, measure_head, stock_overhead
-from .schema import MANIFEST_FILE, STOCK_METHODS, LatencyPart, ProfileManifest
+from .overhead import StepOverhead, journaled_overhead, measure_plain, stand_ins, stock_overhead
+from .schema import EMBED, HEAD, MANIFEST_FILE, STOCK_METHODS, LatencyPart, ProfileManifest
 from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
 
@@ -46,12 +46,14 @@ class LatencySettings:
         batch_sizes: tokens decoded together, at least one size.
         context: tokens in the cache while the overhead is measured.
         device: cpu or cuda.
+        embedding: whether the embedding is one of the layers; tied to the head, the two are one.
     """
 
     specs: tuple[QuantizerSpec, ...]
     batch_sizes: tuple[int, ...] = (1, 8)
     context: int = 256
     device: str = "cuda"
+    embedding: bool = False
 
     def __post_init__(self) -> None:
         if not self.specs:
@@ -86,7 +88,7 @@ def run_latency_profile(
         ProfileError: a bad config or device; `out` holds a finished profile or another job's rows.
     """
     device = choose_device(settings.device)
-    info = inventory_of_config(config, name=name, head=True)
+    info = inventory_of_config(config, name=name, head=True, embedding=settings.embedding)
     make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
@@ -130,7 +132,7 @@ def _measure(
             batch_sizes=settings.batch_sizes,
             journal=journal,
         )
-        head = measure_head(
+        plain = measure_plain(
             layers, batch_sizes=settings.batch_sizes, device=device, dtype=dtype, timer=timer, journal=journal
         )
         state = {} if monitor is None else monitor.summary()
@@ -145,7 +147,8 @@ def _measure(
                 overhead_us=beside,
                 overhead_method=method,
                 context=settings.context,
-                head_us=head,
+                head_us=plain.get(HEAD),
+                embedding_us=plain.get(EMBED),
             ),
             software={
                 "msq": __version__,
@@ -194,9 +197,9 @@ def model_with_zeros(config: Path, info: ModelInventory, device: torch.device, d
         raise ProfileError(
             f"transformers can't build the model of {config} ({type(cause).__name__}: {detail})."
         ) from cause
-    for layer in info.layers:
-        parent, _, attribute = layer.name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, Zeros(layer.out_features))
+    for path, module in stand_ins(info.layers, dtype).items():
+        parent, _, attribute = path.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():

@@ -9,9 +9,9 @@ from typing import Any
 
 from .errors import ProfileError
 from .files import read_bytes
-from .schema import ARCHITECTURES, HEAD, ROLES
+from .schema import ARCHITECTURES, EMBED, HEAD, ROLES
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = f"{EMBED}.weight"
 HEAD_WEIGHT = f"{HEAD}.weight"
 _STORED = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _NO_FILE = "config.json"

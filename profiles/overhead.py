@@ -1,8 +1,8 @@
 """What a decoding step takes beside the planned layers: attention, norms, embeddings, and launches between them.
 
 Here every planned layer of the stock model is replaced by one that returns zeros; on a GPU the step is captured in a
-CUDA graph with a static cache. An executor that fuses more takes less: it brings a `StepOverhead` of its own. The head,
-where it is a planned layer, is timed by itself too, for plans that leave it out.
+CUDA graph with a static cache. An executor that fuses more takes less: it brings a `StepOverhead` of its own. Head and
+embedding, where they are planned layers, are timed by themselves too, for plans that leave them out.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .inventory import LayerInfo
 from .journal import Journal
+from .latency import lookup_tokens
 from .progress import progress
-from .schema import HEAD
+from .schema import EMBED, HEAD
 from .timing import Timer
 
 
@@ -85,7 +86,7 @@ def stock_overhead(
     return times
 
 
-def measure_head(
+def measure_plain(
     layers: Sequence[LayerInfo],
     *,
     batch_sizes: Sequence[int],
@@ -93,21 +94,34 @@ def measure_head(
     dtype: torch.dtype,
     timer: Timer,
     journal: Journal,
-) -> dict[int, float] | None:
-    """µs of the head in the model's own dtype, by batch size; None where it is not a planned layer."""
-    head = next((layer for layer in layers if layer.role == HEAD), None)
-    if head is None or not batch_sizes:
-        return None
-    weight = None
-    with torch.inference_mode():
+) -> dict[str, dict[int, float]]:
+    """µs of the head and of the embedding in the model's own dtype, by batch size; only of those that are planned.
+
+    Returns:
+        By module path.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for path, layer in _plain_layers(layers).items() if batch_sizes else ():
+        weight = None
         for batch in batch_sizes:
-            if ("head", batch) in journal:
+            if (path, batch) in journal:
                 continue
             if weight is None:
-                weight = torch.ones(head.out_features, head.in_features, device=device, dtype=dtype)
-            x = torch.ones(batch, head.in_features, device=device, dtype=dtype)
-            journal.add(("head", batch), timer.measure(partial(F.linear, x, weight)).median_us)
-    return {batch: float(journal["head", batch]) for batch in batch_sizes}
+                weight = torch.ones(layer.out_features, layer.in_features, device=device, dtype=dtype)
+            if path == HEAD:
+                call = partial(F.linear, torch.ones(batch, layer.in_features, device=device, dtype=dtype), weight)
+            else:
+                call = partial(F.embedding, lookup_tokens(batch, layer.out_features, device), weight)
+            with torch.inference_mode():
+                journal.add((path, batch), timer.measure(call).median_us)
+        found[path] = {batch: float(journal[path, batch]) for batch in batch_sizes}
+    return found
+
+
+def _plain_layers(layers: Sequence[LayerInfo]) -> dict[str, LayerInfo]:
+    """Head and embedding by module path; one layer may be both."""
+    uses = [(path, layer) for layer in layers for path in ([EMBED] * layer.is_embedding + [HEAD] * layer.is_head)]
+    return dict(uses)
 
 
 def _time_step(model: nn.Module, batch: int, context: int, timer: Timer) -> float:
@@ -184,15 +198,16 @@ class without_layers:  # noqa: N801 (a context manager, used as a phrase)
     """Swaps layers for `Zeros` inside a ``with`` block."""
 
     def __init__(self, model: nn.Module, layers: Sequence[LayerInfo]) -> None:
-        self.places = [(*_parent(model, layer.name), layer.out_features) for layer in layers]
+        dtype = next(model.parameters()).dtype
+        self.places = [(*_parent(model, path), module) for path, module in stand_ins(layers, dtype).items()]
 
     def __enter__(self) -> None:
         self.originals = [getattr(parent, name) for parent, name, _ in self.places]
-        for parent, name, rows in self.places:
-            setattr(parent, name, Zeros(rows))
+        for parent, name, module in self.places:
+            setattr(parent, name, module)
 
     def __exit__(self, *_: object) -> None:
-        for (parent, name, _rows), original in zip(self.places, self.originals, strict=True):
+        for (parent, name, _module), original in zip(self.places, self.originals, strict=True):
             setattr(parent, name, original)
 
 
@@ -209,6 +224,34 @@ class Zeros(nn.Module):
         if shape not in self._zeros:
             self._zeros[shape] = x.new_zeros(shape)
         return self._zeros[shape]
+
+
+class ZeroRows(nn.Module):
+    """The same in the place of an embedding: zeros of a dtype, one row for each token."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.width, self.dtype = width, dtype
+        self._zeros: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        shape = (*tokens.shape, self.width)
+        if shape not in self._zeros:
+            self._zeros[shape] = torch.zeros(shape, dtype=self.dtype, device=tokens.device)
+        return self._zeros[shape]
+
+
+def stand_ins(layers: Sequence[LayerInfo], dtype: torch.dtype) -> dict[str, nn.Module]:
+    """By module path, what stands where planned layers were; `dtype` is that of the activations."""
+    found: dict[str, nn.Module] = {}
+    for layer in layers:
+        if layer.is_embedding:
+            found[EMBED] = ZeroRows(layer.in_features, dtype)
+        if layer.is_head:
+            found[HEAD] = Zeros(layer.out_features)
+        if not layer.is_embedding and not layer.is_head:
+            found[layer.name] = Zeros(layer.out_features)
+    return found
 
 
 def _parent(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -35,7 +35,8 @@ class QuantizeTask:
     Attributes:
         model_dir: of the model whose weights are quantized.
         seed: of the rotations.
-        hessians: directory of `HessianFiles` for the same seed; None for data-free quantization.
+        hessians: directory of `HessianFiles` for the same seed; None for data-free quantization, which an embedding,
+            tied or not, always gets.
         keep_weights: whether results hold the packed tensors; else only error and size.
     """
 
@@ -149,7 +150,8 @@ class _LayerQuantizer:
             ProfileError: the weight can't be read or quantized, or its Hessian can't be read.
         """
         layer = job.layer
-        hessian = None if self._hessians is None else self._hessians.load(layer, self._device)
+        there = self._hessians is not None and not layer.is_embedding
+        hessian = self._hessians.load(layer, self._device) if self._hessians is not None and there else None
         parts, errors, powers = [], [], []
         chunks = self._chunks(job)
         for number, rows in enumerate(chunks):

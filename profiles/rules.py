@@ -15,6 +15,7 @@ from ..kernels.specs import DEFAULT_STATE_BITS, Family, QuantizerSpec, TrellisCo
 from .errors import ProfileError
 from .schema import (
     ARCHITECTURES,
+    EMBEDDING_ROLES,
     ERRORS,
     HEAD,
     LATENCY,
@@ -77,6 +78,12 @@ def sorted_layers(layers: pd.DataFrame, manifest: ProfileManifest, where: str) -
         row = layers[outside].iloc[0]
         expected = f"the head's is {blocks}" if row["role"] == HEAD else f"the manifest counts {blocks} blocks from 0"
         raise ProfileError(f"{where}: {row['layer']} is in block {row['block']}, {expected}.")
+    embeddings = layers[layers["role"].isin(EMBEDDING_ROLES)]
+    if len(embeddings) > 1 or (embeddings["block"] > 0).any():
+        row = embeddings.iloc[-1]
+        raise ProfileError(
+            f"{where}: {row['layer']} is an embedding in block {row['block']}; expected one at most, in block 0."
+        )
     plus = layers["role"].str.contains("+", regex=False)
     if plus.any():
         raise ProfileError(f"{where}: a role can't hold '+'; got '{layers['role'][plus].iloc[0]}'.")
@@ -196,5 +203,6 @@ def _known(values: pd.Series[Any], table: pd.Series[Any], kind: str, file: str, 
 
 
 def _role_rank(roles: pd.Series[Any]) -> pd.Series[Any]:
-    """Position in `ROLES`; roles outside it come last."""
-    return roles.map({role: i for i, role in enumerate(ROLES)}).fillna(len(ROLES)).astype(int)
+    """Position in `ROLES`; embeddings come before, other roles outside it last."""
+    rank = {role: i for i, role in enumerate(ROLES)} | dict.fromkeys(EMBEDDING_ROLES, -1)
+    return roles.map(rank).fillna(len(ROLES)).astype(int)

@@ -26,8 +26,16 @@ ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 HEAD = "lm_head"
 """Module path and role of the output layer. It is planned like the others; in tables its block is the number of blocks,
 one after the last."""
+EMBED = "model.embed_tokens"
+"""Module path of the input embedding, a planned layer on request: ``(vocabulary, hidden)``, one row a token. In tables
+its block is 0 and it comes before the others."""
+EMBED_ROLE, TIED_ROLE = "embed_tokens", "tied_embedding"
+"""Role of the embedding: alone, and where its weight is the head's too, in which case the two are one layer."""
+EMBEDDING_ROLES, HEAD_ROLES = (EMBED_ROLE, TIED_ROLE), (HEAD, TIED_ROLE)
+"""Roles of layers that look rows up, and of those that make logits."""
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-"""Supported architectures; each block of them holds exactly one layer of every role, and the head follows."""
+"""Supported architectures; each block of them holds exactly one layer of every role; embedding and head stand around
+them."""
 
 STOCK_METHODS = {"cpu": "stock model", "cuda": "stock model in a CUDA graph"}
 """What a profile calls an overhead measured on the stock model, by kind of device; an executor's own is another."""
@@ -134,8 +142,8 @@ class LatencyPart(_Part):
         overhead_us: microseconds per step outside the planned layers as measured, one for each batch size.
         overhead_method: how it was measured: `STOCK_METHODS`, or an executor's own.
         context: tokens in the cache of that step.
-        head_us: microseconds of the head in the model's own dtype, where it is a planned layer; added to the overhead
-            of a profile without it.
+        head_us, embedding_us: microseconds of the head and of the embedding's lookup in the model's own dtype, where
+            they are planned layers; added to the overhead of a profile without them.
         calibrated: what stands in for the measured overhead, for batch sizes at which plans have run.
     """
 
@@ -144,13 +152,14 @@ class LatencyPart(_Part):
     overhead_method: Name | None = None
     context: int | None = Field(default=None, ge=1)
     head_us: dict[int, Annotated[float, Field(ge=0)]] | None = None
+    embedding_us: dict[int, Annotated[float, Field(ge=0)]] | None = None
     calibrated: dict[int, CalibratedStep] | None = None
 
     @model_validator(mode="after")
     def _same_batches(self) -> LatencyPart:
         if len(set(self.batch_sizes)) != len(self.batch_sizes):
             raise ValueError("batch_sizes names a batch size twice")
-        for name in ("overhead_us", "head_us"):
+        for name in ("overhead_us", "head_us", "embedding_us"):
             values = getattr(self, name)
             if values is not None and set(values) != set(self.batch_sizes):
                 raise ValueError(

@@ -5,7 +5,7 @@ model for L. Two ways to change a layer and measure it are here; `fisher` has th
 
 - Noise, as in Q-Palette (arXiv 2509.20214, section 4): the weight gets Gaussian noise of a small relative size,
   |dW|^2 / |W|^2 = noise^2, and a_l is the KL over noise^2. The noise is symmetric, so its first-order effect averages
-  out. Each group of windows draws its own noise.
+  out. Each group of windows draws its own noise. That of an embedding is relative to each token's row.
 - Direct: the weight is quantized, and a_l is the KL over the error that was measured.
 
 The standard error is taken over groups of windows. With noise it covers both the tokens and the draws; a quantized
@@ -71,7 +71,10 @@ def measure_sensitivities(
         weight = model.get_parameter(f"{layer.name}.weight").detach().float()
         generator = torch.Generator().manual_seed(input_seed(f"{layer.name}:{group}", seed))
         draw = torch.randn(weight.shape, generator=generator).to(weight.device)
-        changed: Tensor = weight + noise * weight.norm() / draw.norm() * draw
+        along = 1 if layer.is_embedding else None  # every token's row by itself, as its error will be
+        changed: Tensor = (
+            weight + noise * weight.norm(dim=along, keepdim=True) / draw.norm(dim=along, keepdim=True) * draw
+        )
         return changed
 
     groups = window_groups(tokens, windows_per_group)

@@ -14,8 +14,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does,
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-def build_tiny_model(architecture: str, directory: Path) -> Path:
-    """Two blocks, 64 wide, biased where the architecture has biases; in float16 safetensors."""
+def build_tiny_model(architecture: str, directory: Path, **changes) -> Path:
+    """Two blocks, 64 wide, biased where the architecture has biases; float16 safetensors; `changes` of the config."""
     import torch
     import transformers
     from msq.profiles.model_source import EMBEDDED
@@ -34,6 +34,7 @@ def build_tiny_model(architecture: str, directory: Path) -> Path:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
+        **changes,
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():

@@ -29,13 +29,7 @@ def unsupported_reason(
     spec: QuantizerSpec, out_features: int, in_features: int, batch_size: int, device: torch.device
 ) -> str | None:
     """None where `multiply` works, else one sentence that says why not."""
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return f"the decode kernels need a CUDA device; got '{device}'."
-    if torch.cuda.get_device_capability(device)[0] < 8:
-        return (
-            f"the decode kernels need compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} is older."
-        )
-    reason = _unsupported_weight(spec, out_features, in_features)
+    reason = unsupported_weight_reason(spec, out_features, in_features, device)
     if reason is not None:
         return reason
     if not 1 <= batch_size <= MAX_BATCH:
@@ -49,7 +43,16 @@ def unsupported_reason(
     return None
 
 
-def _unsupported_weight(spec: QuantizerSpec, out_features: int, in_features: int) -> str | None:
+def unsupported_weight_reason(
+    spec: QuantizerSpec, out_features: int, in_features: int, device: torch.device
+) -> str | None:
+    """None where kernels on a device can decode a weight, else one sentence that says why not."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return f"the decode kernels need a CUDA device; got '{device}'."
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return (
+            f"the decode kernels need compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} is older."
+        )
     if spec.code is not TrellisCode.HYB:
         return f"the decode kernels know the trellis code hyb; {spec.label} runs as reference."
     if out_features % TILE or in_features % (2 * TILE):

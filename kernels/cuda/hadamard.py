@@ -16,7 +16,8 @@ from ..errors import KernelError
 from .jit import Kernel, Source, load
 from .rotation_plan import MANY_ROWS, Division, Pass, RotationTables, division, fuses_norm, passes
 
-_FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+ROW_FORMATS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+"""What ``rows.cuh`` calls the formats of rows."""
 
 
 @dataclass(frozen=True)
@@ -38,36 +39,54 @@ def source(
     norm: bool,
     gate: bool,
     add: bool = False,
+    out_signs: bool = False,
 ) -> Source:
     """The kernel of one pass.
 
     Args:
         dtypes: of what is read and written.
         signs: whether the random signs are applied first (the first pass of a rotation).
+        out_signs: whether they are applied to the results (the last pass of an inverse rotation).
         norm, gate, add: what stands before (`rotate_normed`, `rotate_gated`, `rotate_added`).
     """
     macros = {"OUTER": step.outer, "ORDER": step.order, "INNER": step.inner, "COLUMNS": step.columns}
     macros |= {"VECTOR": split.vector, "WARPS_K": split.warps_k, "WARPS_J": split.warps_j, "GROUP": split.group}
-    macros |= {"IN": _FORMATS[dtypes[0]], "OUT": _FORMATS[dtypes[1]]}
-    flags = {"FWHT": step.transform, "SIGNS": signs, "NORM": norm, "GATE": gate, "ADD": add}
+    macros |= {"IN": ROW_FORMATS[dtypes[0]], "OUT": ROW_FORMATS[dtypes[1]]}
+    flags = {"FWHT": step.transform, "SIGNS": signs, "OUT_SIGNS": out_signs, "NORM": norm, "GATE": gate, "ADD": add}
     return Source("hadamard.cu", "rotate", macros | {name: int(value) for name, value in flags.items()})
 
 
 def sources(
-    size: int, many_rows: bool, dtype: torch.dtype, *, norm: bool = False, gate: bool = False, add: bool = False
+    size: int,
+    many_rows: bool,
+    dtype: torch.dtype,
+    *,
+    norm: bool = False,
+    gate: bool = False,
+    add: bool = False,
+    inverse: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> list[Source]:
-    """The kernels of one rotation, in order."""
+    """The kernels of one rotation, in order.
+
+    Args:
+        dtype: of the rows.
+        norm, gate, add: what stands before (see `source`).
+        inverse: of the inverse rotation.
+        out_dtype: of the results; None for `dtype`.
+    """
     steps = passes(size, many_rows)
-    between = [dtype, *[torch.float32] * (len(steps) - 1), dtype]
+    between = [dtype, *[torch.float32] * (len(steps) - 1), out_dtype or dtype]
     return [
         source(
             step,
             division(step, many_rows),
             dtypes=(between[n], between[n + 1]),
-            signs=n == 0,
+            signs=n == 0 and not inverse,
             norm=norm and n == 0,
             gate=gate and n == 0,
             add=add and n == 0,
+            out_signs=inverse and n == len(steps) - 1,
         )
         for n, step in enumerate(steps)
     ]
@@ -75,10 +94,18 @@ def sources(
 
 @cache
 def _steps(
-    size: int, many_rows: bool, dtype: torch.dtype, norm: bool, gate: bool, add: bool, device: torch.device
+    size: int,
+    many_rows: bool,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    norm: bool,
+    gate: bool,
+    add: bool,
+    inverse: bool,
+    device: torch.device,
 ) -> tuple[_Step, ...]:
     found = []
-    compiled = sources(size, many_rows, dtype, norm=norm, gate=gate, add=add)
+    flags = {"norm": norm, "gate": gate, "add": add, "inverse": inverse}
+    compiled = sources(size, many_rows, dtypes[0], out_dtype=dtypes[1], **flags)
     for step, code in zip(passes(size, many_rows), compiled, strict=True):
         split = division(step, many_rows)
         slices = step.order // (split.group * split.warps_j)
@@ -98,6 +125,17 @@ def rotate(x: Tensor, tables: RotationTables) -> Tensor:
         ``(rows, size)``, contiguous.
     """
     return _run(x, None, tables, norm=False, epsilon=0.0)
+
+
+def unrotate(x: Tensor, tables: RotationTables, dtype: torch.dtype) -> Tensor:
+    """`rotation.unrotate` of CUDA rows, in float32 inside.
+
+    Args:
+        x: as for `rotate`.
+        tables: of the inverse rotation.
+        dtype: of the result, rounded once.
+    """
+    return _run(x, None, tables, norm=False, epsilon=0.0, inverse=True, out_dtype=dtype)
 
 
 def rotate_normed(x: Tensor, weight: Tensor, epsilon: float, tables: RotationTables) -> Tensor:
@@ -159,12 +197,15 @@ def _run(
     epsilon: float,
     residual: Tensor | None = None,
     total: Tensor | None = None,
+    inverse: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     rows, size = x.shape
-    many_rows = rows >= MANY_ROWS
-    steps = _steps(size, many_rows, x.dtype, norm, second is not None and not norm, residual is not None, x.device)
+    many_rows, dtype = rows >= MANY_ROWS, out_dtype or x.dtype
+    gate, add = second is not None and not norm, residual is not None
+    steps = _steps(size, many_rows, (x.dtype, dtype), norm, gate, add, inverse, x.device)
     matrices = tables.matrices[-len(steps) :] if many_rows else tables.matrices
-    dtype, source_rows = x.dtype, _aligned(x)
+    source_rows = _aligned(x)
     if second is not None:
         second = second.contiguous() if norm else _aligned(second)
     residual = None if residual is None else _aligned(residual)

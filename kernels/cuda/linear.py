@@ -86,6 +86,11 @@ class KernelLinear(nn.Module):
         return self.product(x if tables is None else torch.ops.msq.rotate(x, *tables))
 
     @property
+    def units(self) -> list[Tensor]:
+        """The codes in the kernels' layout, one tensor for each segment (`layout.PreparedWeight`)."""
+        return [getattr(self, name) for name in self._unit_names]
+
+    @property
     def rotation(self) -> tuple[Tensor, list[Tensor]] | None:
         """Signs and matrices of the input's rotation, as the operators take them; None where it is not rotated."""
         if not self._table_names:
@@ -95,11 +100,18 @@ class KernelLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """`forward` of an input that is rotated already: layers of one input may share its rotation."""
-        units = [getattr(self, name) for name in self._unit_names]
         bias = None if self.bias is None else self.bias.to(x.dtype)
         spec = self.spec
         y: Tensor = torch.ops.msq.multiply(
-            x, units, self.scales, self.codebook, bias, self.workspace, str(spec.family), spec.bits, spec.state_bits
+            x,
+            self.units,
+            self.scales,
+            self.codebook,
+            bias,
+            self.workspace,
+            str(spec.family),
+            spec.bits,
+            spec.state_bits,
         )
         return y
 
@@ -107,8 +119,7 @@ class KernelLinear(nn.Module):
     def weight(self) -> QuantizedWeight:
         """The packed layer in its stored layout."""
         tiles = self.spec.segment_tiles(self.in_features)
-        units = [getattr(self, name) for name in self._unit_names]
-        packed = tuple(from_units(part, count, self.spec) for part, count in zip(units, tiles, strict=True))
+        packed = tuple(from_units(part, count, self.spec) for part, count in zip(self.units, tiles, strict=True))
         shape = (self.out_features, self.in_features)
         return QuantizedWeight(self.spec, *shape, self.rotation_seed, packed, self.scales, self.codebook)
 

@@ -73,12 +73,16 @@ def _check_like(other: Tensor, x: Tensor, shape: Sequence[int], name: str) -> No
         )
 
 
+def _flips(signs: Tensor, size: int) -> Tensor:
+    """``(size,)`` float32 of +1 and -1."""
+    bits = signs.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1
+    return 1.0 - 2.0 * bits.flatten()[:size].float()
+
+
 def _turned(values: Tensor, signs: Tensor, dtype: torch.dtype) -> Tensor:
     """``values diag(s) H`` of float32 values, in `dtype`; the twin of the last steps of every rotation kernel."""
     size = values.shape[-1]
-    bits = signs.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1
-    flips = 1.0 - 2.0 * bits.flatten()[:size].float()
-    return apply_hadamard(values * flips, hadamard_plan(size)).to(dtype)
+    return apply_hadamard(values * _flips(signs, size), hadamard_plan(size)).to(dtype)
 
 
 def _rotate_cuda(x: Tensor, signs: Tensor, matrices: Sequence[Tensor]) -> Tensor:

@@ -123,12 +123,18 @@ def division(step: Pass, many_rows: bool) -> Division:
     return Division(vector, 1, _largest_divisor(step.order // group, min(8, limit)), group)
 
 
-def matrix_table(step: Pass, group: int) -> Tensor:
-    """Signs of a pass's matrix M, ``(order // group, order)`` uint8: bit g of ``[b, i]`` is M[i, b * group + g] < 0."""
+def matrix_table(step: Pass, group: int, *, inverse: bool = False) -> Tensor:
+    """Signs of a pass's matrix M, ``(order // group, order)`` uint8: bit g of ``[b, i]`` is M[i, b * group + g] < 0.
+
+    Args:
+        inverse: of its transpose instead.
+    """
     matrix = torch.ones(1, 1, dtype=torch.float64)
     for order in step.orders:
         matrix = torch.kron(matrix, hadamard_matrix(order))
-    negative = (matrix < 0).T.reshape(step.order // group, group, step.order).to(torch.int32)
+    negative = (
+        (matrix < 0 if inverse else (matrix < 0).T).reshape(step.order // group, group, step.order).to(torch.int32)
+    )
     weights = 1 << torch.arange(group, dtype=torch.int32)
     return (negative * weights[:, None]).sum(1).to(torch.uint8)
 
@@ -147,18 +153,20 @@ class RotationTables:
 
 
 @cache
-def _matrices(size: int) -> tuple[Tensor, ...]:
+def _matrices(size: int, inverse: bool) -> tuple[Tensor, ...]:
     return tuple(
-        matrix_table(step, division(step, many_rows).group)
+        matrix_table(step, division(step, many_rows).group, inverse=inverse)
         for many_rows in (False, True)
         for step in passes(size, many_rows)
     )
 
 
-def rotation_tables(size: int, seed: int, device: torch.device) -> RotationTables:
-    """The tables of one rotation on a device."""
+def rotation_tables(size: int, seed: int, device: torch.device, *, inverse: bool = False) -> RotationTables:
+    """The tables of one rotation on a device, or of its inverse."""
     signs = np.packbits(rotation_signs(size, seed).numpy() < 0, bitorder="little")
-    return RotationTables(torch.from_numpy(signs).to(device), tuple(table.to(device) for table in _matrices(size)))
+    return RotationTables(
+        torch.from_numpy(signs).to(device), tuple(table.to(device) for table in _matrices(size, inverse))
+    )
 
 
 def fuses_norm(size: int) -> bool:

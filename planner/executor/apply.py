@@ -27,13 +27,12 @@ from ...profiles.calibration import Calibration
 from ...profiles.engines import IN_PROCESS, Engine, run_jobs
 from ...profiles.files import JOB_FILE, claim_directory, dump_yaml, try_lock
 from ...profiles.hessians import collect_hessians
-from ...profiles.inventory import ModelInventory, inventory, weight_files
+from ...profiles.inventory import ModelInventory, inventory, outside_blocks, weight_files
 from ...profiles.job import model_digest
 from ...profiles.jobs import JobList
-from ...profiles.model_config import EMBEDDING
 from ...profiles.models import choose_device
 from ...profiles.quantize_jobs import QuantizeTask, WeightResult, read_weight_result
-from ...profiles.schema import HEAD
+from ...profiles.schema import EMBED, HEAD
 from ..errors import PlanError
 from ..plan import Plan, save_plan
 from .errors import CheckpointError
@@ -110,7 +109,8 @@ def apply_plan(
             `work_directory(out)` holds another job's files.
     """
     where = choose_device(device)
-    info = inventory(model_dir, name=plan.model.name, head=any(entry.layer == HEAD for entry in plan.layers))
+    planned = outside_blocks(entry.layer for entry in plan.layers)
+    info = inventory(model_dir, name=plan.model.name, **planned)
     _check_layers(plan, info, model_dir)
     if plan.profile.error == "proxy" and hessian is None:
         raise PlanError(
@@ -250,12 +250,11 @@ def _write_weights(
     Args:
         tuned: tensors that take the place of encoded or untouched ones, by name.
     """
-    planned = {layer.stored_as for layer in info.layers} - {EMBEDDING}  # a tied head's codes stand beside it
     untouched = [
         (path, tensor)
         for path in weight_files(task.model_dir)
         for tensor in stored_tensors(path)
-        if tensor.name not in planned
+        if tensor.name not in info.replaced_tensors
     ]
     packed = [
         TensorSlot(f"{layer.name}.{name}", _STORED_AS[dtype], shape)
@@ -296,5 +295,7 @@ def _write_config(
     quantization = QuantizationConfig(quantizers=plan.quantizers, layers=layers)
     config["quantization_config"] = quantization.model_dump(mode="json")
     if HEAD in layers:
-        config["tie_word_embeddings"] = False  # the embedding stays, the head has codes of its own
+        config["tie_word_embeddings"] = False  # the head has codes of its own, whatever the embedding is
+    elif EMBED in layers and info.tied_embeddings:
+        config["tie_word_embeddings"] = True  # as a loader must know, also where the model did not say it
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.cuda.linear import KernelLinear
+from ...kernels.embedding import PackedEmbedding
 from ...kernels.linear import FusedSlice, QuantizedLinear
 from .decoder import Decoder
 
@@ -152,14 +153,17 @@ def shared_bytes(model: nn.Module) -> int:
 
 
 def measure_without_products(model: nn.Module, batch_sizes: Sequence[int], context: int) -> dict[int, float]:
-    """µs of a decoding step beside the products of the quantized layers, by batch size; their rotations are in it."""
+    """µs of a decoding step beside the products and lookups of the quantized layers, by batch size.
+
+    The rotations of inputs are in it; the embedding's inverse rotation belongs to its lookup.
+    """
     with without_products(model):
         return {batch: measure_step(model, batch, context).step_us for batch in batch_sizes}
 
 
 @contextmanager
 def without_products(model: nn.Module) -> Iterator[None]:
-    """Within it, products of quantized layers cost nothing and give zeros; decoders must be made inside."""
+    """Within it, products and lookups of quantized layers cost nothing and give zeros; make decoders inside."""
     changed: list[tuple[Any, str]] = []
     zeros: dict[tuple[Any, ...], Tensor] = {}
 
@@ -172,12 +176,24 @@ def without_products(model: nn.Module) -> Iterator[None]:
 
         return product
 
+    def no_lookup(module: PackedEmbedding) -> Any:
+        def rows(tokens: Tensor) -> Tensor:
+            key = (tokens.shape, module.embedding_dim, module.dtype, tokens.device)
+            if key not in zeros:
+                zeros[key] = torch.zeros(*tokens.shape, key[1], dtype=module.dtype, device=tokens.device)
+            return zeros[key]
+
+        return rows
+
     inside = {slice_.fused_linear.linear for slice_ in model.modules() if isinstance(slice_, FusedSlice)}
     for module in {*model.modules(), *inside}:
         if isinstance(module, (KernelLinear, QuantizedLinear)):
             name = "product" if isinstance(module, KernelLinear) else "forward"
             module.__dict__[name] = nothing(module)
             changed.append((module, name))
+        elif isinstance(module, PackedEmbedding):
+            module.__dict__["forward"] = no_lookup(module)
+            changed.append((module, "forward"))
     try:
         yield
     finally:

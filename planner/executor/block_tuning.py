@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ...kernels.quantize import QuantizedWeight
+from ...kernels.quantize import QuantizedWeight, dequantize
 from ...kernels.tunable import TunableLinear
 from ...profiles.streaming import StreamedModel
 from .errors import CheckpointError
@@ -61,7 +61,7 @@ def quantized_copy(
     tensors: Mapping[str, Tensor],
     shared: Sequence[Sequence[str]] = (),
 ) -> nn.Module:
-    """A copy of a block or a model that runs on packed layers.
+    """A copy of a block or a model that runs on packed layers; an embedding and a head tied to it get decoded weights.
 
     Args:
         module: the original.
@@ -79,7 +79,11 @@ def quantized_copy(
     block = copy.deepcopy(module)
     for name, weight in changed.items():
         path = name.removeprefix(prefix)
-        bias = getattr(module.get_submodule(path), "bias", None)
+        place = block.get_submodule(path)
+        if isinstance(place, nn.Embedding):
+            place.weight.data = dequantize(weight).to(place.weight)
+            continue
+        bias = getattr(place, "bias", None)
         replace_module(block, path, TunableLinear(weight, bias, codebooks.get(name)))
     for name, parameter in block.named_parameters():
         if prefix + name in tensors:

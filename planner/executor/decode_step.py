@@ -57,6 +57,12 @@ def head_size(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
+def activation_format(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a stock model's activations, whatever its linear layers and embedding are."""
+    weight: Tensor = cast(Any, model).model.norm.weight
+    return weight.device, weight.dtype
+
+
 def unsupported_reason(model: nn.Module) -> str | None:
     """None where `DecodeStep` knows the model, else one sentence that says why not."""
     name = type(model).__name__
@@ -68,9 +74,9 @@ def unsupported_reason(model: nn.Module) -> str | None:
     rope_type = cast(Any, model).model.rotary_emb.rope_type
     if rope_type not in _ROPE_TYPES:
         return f"fused decoding knows rotary embeddings of type {', '.join(_ROPE_TYPES)}; got {rope_type}."
-    weight = cast(Any, model).get_input_embeddings().weight
-    if weight.device.type == "cuda" and weight.dtype not in FORMATS:
-        return f"fused decoding runs in float16 or bfloat16 on CUDA; got {weight.dtype}."
+    device, dtype = activation_format(model)
+    if device.type == "cuda" and dtype not in FORMATS:
+        return f"fused decoding runs in float16 or bfloat16 on CUDA; got {dtype}."
     return attention.unsupported_reason(config.num_attention_heads, config.num_key_value_heads, head_size(config))
 
 
@@ -127,7 +133,7 @@ class DecodeStep:
         untyped: Any = model
         config, inner = untyped.config, untyped.model
         self.embedding = inner.embed_tokens
-        device = self.embedding.weight.device
+        device, _ = activation_format(model)
         angles = turning_angles(inner.rotary_emb, cache.capacity, device)
         sizes = (config.num_attention_heads, config.num_key_value_heads, head_size(config))
         workspace = attention.new_workspace(*sizes, cache.batch_size, cache.capacity, device)

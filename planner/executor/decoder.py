@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .decode_step import DecodeStep, KeyValueCache
+from .decode_step import DecodeStep, KeyValueCache, activation_format
 from .errors import CheckpointError
 
 _CHECKED_EVERY = 16
@@ -49,9 +49,9 @@ class Decoder:
                 f"expected 1 to {longest} positions, a batch of 1 or more and a temperature of 0 or more; got "
                 f"{capacity}, {batch_size} and {temperature:g}."
             )
-        weight = self.model.get_input_embeddings().weight
-        self.capacity, self.temperature, device = capacity, temperature, weight.device
-        self.cache = KeyValueCache(model, batch_size, capacity, weight.dtype, device)
+        device, dtype = activation_format(model)
+        self.capacity, self.temperature = capacity, temperature
+        self.cache = KeyValueCache(model, batch_size, capacity, dtype, device)
         with torch.inference_mode():
             self._step = DecodeStep(model, self.cache)
             self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)

@@ -46,7 +46,7 @@ def generate_text(model: nn.Module, tokenizer: Any, prompt: str, max_tokens: int
 @torch.inference_mode()
 def _stock_generate(model: Any, tokens: list[int], max_tokens: int, temperature: float) -> list[int]:
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    given = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+    given = torch.tensor([tokens], device=model.device)
     output = model.generate(
         input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=max_tokens, num_beams=1, **sampling
     )

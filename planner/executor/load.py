@@ -52,7 +52,9 @@ def load_checkpoint(
     del config.quantization_config
     if HEAD in quantization.layers:
         config.tie_word_embeddings = False  # a quantized head is its own weight, whatever it was made from
-    places = choose_places(quantization, target, implementation=implementation, fused=fused)
+    places = choose_places(
+        quantization, target, tied=config.tie_word_embeddings, implementation=implementation, fused=fused
+    )
     tensors = read_tensors([directory / name for name in sorted(manifest.files) if name.endswith(".safetensors")])
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config)
@@ -62,7 +64,7 @@ def load_checkpoint(
     weights = {name: weight.to(target) for name, weight in quantized_weights(quantization, tensors).items()}
     biases = {name: tensors.get(f"{name}.bias") for name in quantization.layers}
     moved = {name: None if bias is None else bias.to(target, wanted) for name, bias in biases.items()}
-    install(model, weights, moved, places)
+    install(model, weights, moved, places, wanted)
     _fill(model, rest, directory)
     config.dtype = wanted
     return model.to(target).eval()

@@ -13,7 +13,6 @@ import torch
 from ...kernels.specs import Family, QuantizerSpec
 from ...profiles.inventory import LayerInfo
 from ...profiles.models import load_config
-from ...profiles.schema import HEAD
 from .benchmark import measure_without_products
 from .random_model import random_model, uniform_quantization
 
@@ -41,8 +40,9 @@ class ExecutorOverhead:
             layers: that are planned.
             context: tokens in the cache.
         """
-        head = _SPEC if any(layer.role == HEAD for layer in layers) else None
+        head = _SPEC if any(layer.is_head for layer in layers) else None
+        embedding = _SPEC if any(layer.is_embedding for layer in layers) else None
         settings = load_config(config)
-        quantization = uniform_quantization(settings, _SPEC, head=head)
+        quantization = uniform_quantization(settings, _SPEC, head=head, embedding=embedding)
         dtype = torch.float16 if device.type == "cuda" else torch.float32
         return measure_without_products(random_model(settings, quantization, device, dtype=dtype), batch_sizes, context)

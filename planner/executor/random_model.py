@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from ...kernels.random_weight import ROTATION_SEED, random_weight
 from ...kernels.specs import Family, QuantizerSpec
-from ...profiles.schema import HEAD, ROLES
+from ...profiles.schema import EMBED, HEAD, ROLES
 from ..plan import Plan, PlannedLayer, PlanQuantizer
 from .errors import CheckpointError
-from .install import choose_places, install
+from .install import KERNELS, LOOKUP, choose_places, install
 from .load import fresh_buffers
 from .manifest import QuantizationConfig, QuantizedLayer
 
 _FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})
 
 
-def linear_layers(model: nn.Module, *, head: bool) -> list[str]:
-    """Paths of the layers that a plan may hold, block by block; with `head`, that of the output layer last."""
+def linear_layers(model: nn.Module, *, head: bool, embedding: bool = False) -> list[str]:
+    """Paths of the layers that a plan may hold: with `embedding` its own, those of the blocks, with `head` its own."""
     blocks = [name for name, module in model.named_modules() if name.rpartition(".")[2] in ROLES]
-    return [*blocks, *([HEAD] if head else [])]
+    return [*([EMBED] if embedding else []), *blocks, *([HEAD] if head else [])]
 
 
 def model_without_weights(config: Any) -> nn.Module:
@@ -40,23 +40,33 @@ def model_without_weights(config: Any) -> nn.Module:
 
 
 def uniform_quantization(
-    config: Any, spec: QuantizerSpec, *, head: QuantizerSpec | None = None, fused: bool = True
+    config: Any,
+    spec: QuantizerSpec,
+    *,
+    head: QuantizerSpec | None = None,
+    embedding: QuantizerSpec | None = None,
+    fused: bool = True,
 ) -> QuantizationConfig:
     """One quantizer for every layer of every block.
 
     Args:
         head: of the output layer; None leaves it as it is.
+        embedding: likewise; where the config ties the head to it, they are one layer, and `head` counts for nothing.
         fused: whether layers of one input run as one kernel.
     """
     model = model_without_weights(config)
     planned = []
-    for name in linear_layers(model, head=head is not None):
+    tied = embedding is not None and config.tie_word_embeddings
+    outside = {EMBED: embedding} | ({} if tied else {HEAD: head})
+    flags = {"head": not tied and head is not None, "embedding": embedding is not None}
+    for name in linear_layers(model, **flags):
         parent, _, role = name.rpartition(".")
         together = next((roles for roles in _FUSED if role in roles), {role}) if fused else {role}
-        pattern = tuple(f"{parent}.{other}" if parent else other for other in (*ROLES, HEAD) if other in together)
-        chosen = head if name == HEAD and head is not None else spec
-        planned.append(PlannedLayer(layer=name, quantizer=chosen.label, implementation="tensor_core", pattern=pattern))
-    specs = {chosen.label: chosen for chosen in (spec, head) if chosen is not None}
+        pattern = tuple(f"{parent}.{other}" for other in ROLES if other in together) or (name,)
+        chosen = outside.get(name) or spec
+        runs = LOOKUP if name == EMBED and not tied else KERNELS
+        planned.append(PlannedLayer(layer=name, quantizer=chosen.label, implementation=runs, pattern=pattern))
+    specs = {chosen.label: chosen for chosen in (spec, *outside.values()) if chosen is not None}
     fields = {label: PlanQuantizer.model_validate(asdict(chosen)) for label, chosen in specs.items()}
     return _described(model, planned, fields)
 
@@ -75,15 +85,15 @@ def _described(model: nn.Module, planned: Any, quantizers: dict[str, PlanQuantiz
     layers = {}
     for entry in planned:
         module = modules.get(entry.layer)
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear | nn.Embedding):
             raise CheckpointError(
                 f"the plan has a layer {entry.layer}, which a {type(model).__name__} of this config lacks; plan for it."
             )
         rotated = quantizers[entry.quantizer].family is not Family.INT
         layers[entry.layer] = QuantizedLayer(
             quantizer=entry.quantizer,
-            out_features=module.out_features,
-            in_features=module.in_features,
+            out_features=module.weight.shape[0],
+            in_features=module.weight.shape[1],
             rotation_seed=ROTATION_SEED if rotated else None,
             pattern=entry.pattern,
             implementation=entry.implementation,
@@ -118,9 +128,10 @@ def random_model(
         for name, layer in quantization.layers.items():
             shape = layer.out_features, layer.in_features
             weights[name] = random_weight(quantization.spec(name), *shape, generator)
-            has_bias = model.get_submodule(name).bias is not None
+            has_bias = getattr(model.get_submodule(name), "bias", None) is not None
             biases[name] = torch.zeros(layer.out_features, dtype=dtype, device=device) if has_bias else None
-        install(model, weights, biases, choose_places(quantization, device, implementation=implementation, fused=fused))
+        options = {"tied": config.tie_word_embeddings, "implementation": implementation, "fused": fused}
+        install(model, weights, biases, choose_places(quantization, device, **options), dtype)
     filled: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...kernels.quantize import QuantizedWeight
+from ...profiles.schema import EMBED, HEAD
 from .errors import CheckpointError
-from .install import Place, choose_places, install, installed_layers, replace_module
+from .install import Place, choose_places, install, installed_layers, leave_untied, replace_module
 from .load import quantized_weights, read_tensors
 from .manifest import METHOD, QuantizationConfig, parse_quantization_config
 
@@ -57,9 +58,12 @@ class MsqQuantizer(HfQuantizer):
         if len(places) > 1:
             raise CheckpointError(f"msq runs a model on one device; device_map names {sorted(map(str, places))}.")
         self._files = [Path(name) for name in arguments.get("checkpoint_files") or []]
+        untyped: Any = model
         for name in self._quantization.layers:
             replace_module(model, name, nn.Identity())
-        untyped: Any = model
+        if EMBED in self._quantization.layers and untyped.config.tie_word_embeddings:
+            replace_module(model, HEAD, nn.Identity())
+            leave_untied(model)
         known = set(untyped._keys_to_ignore_on_load_unexpected or ())
         untyped._keys_to_ignore_on_load_unexpected = known | {rf"^{re.escape(n)}\." for n in self._quantization.layers}
 
@@ -68,16 +72,23 @@ class MsqQuantizer(HfQuantizer):
         weights = quantized_weights(self._quantization, tensors)
         layers = {name: (weight, tensors.get(f"{name}.bias")) for name, weight in weights.items()}
         untyped: Any = model
-        put(model, layers, choose_places(self._quantization, untyped.device))
+        put(model, layers, self.places(model, untyped.device))
         return model
+
+    def places(self, model: nn.Module, device: torch.device, implementation: str | None = None) -> list[Place]:
+        """Where the layers of a model go on a device; as `choose_places`."""
+        untyped: Any = model
+        tied = untyped.config.tie_word_embeddings
+        return choose_places(self._quantization, device, tied=tied, implementation=implementation)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Every tensor as a checkpoint stores it: packed codes per original layer, biases and the rest as they are."""
         layers = installed_layers(model)
+        packed = {*layers, *([HEAD] if EMBED in layers and cast(Any, model).config.tie_word_embeddings else [])}
         state = {
             name: tensor
             for name, tensor in model.state_dict().items()
-            if not any(name.startswith(f"{layer}.") for layer in _parents(name) & layers.keys())
+            if not any(name.startswith(f"{layer}.") for layer in _parents(name) & packed)
         }
         for name, (weight, bias) in layers.items():
             stored = dict(weight.tensors()) | ({} if bias is None else {"bias": bias})
@@ -104,7 +115,7 @@ def put(model: nn.Module, layers: dict[str, tuple[QuantizedWeight, Tensor | None
     device, dtype = untyped.device, untyped.dtype
     weights = {name: weight.to(device) for name, (weight, _) in layers.items()}
     biases = {name: None if bias is None else bias.to(device, dtype) for name, (_, bias) in layers.items()}
-    install(model, weights, biases, places)
+    install(model, weights, biases, places, dtype)
 
 
 def to_device(model: nn.Module, device: str | torch.device, *, implementation: str | None = None) -> nn.Module:
@@ -120,7 +131,7 @@ def to_device(model: nn.Module, device: str | torch.device, *, implementation: s
     if not isinstance(quantizer, MsqQuantizer):
         raise CheckpointError("expected a model that from_pretrained loaded from an msq checkpoint; use .to(device).")
     target = torch.device(device)
-    places = choose_places(quantizer._quantization, target, implementation=implementation)
+    places = quantizer.places(model, target, implementation)
     layers = installed_layers(model)
     model.to(target)
     put(model, layers, places)

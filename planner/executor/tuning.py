@@ -8,6 +8,8 @@ Three ways, none of which changes the number of bytes that were promised:
   model, so a block makes up for those before it, too.
 - model: on top of that, all blocks together, against the original's distribution of the next token (`model_tuning`).
 
+An embedding that is planned, and a head that is one with it, stay as encoded; blocks are fed with what it gives.
+
 Blocks are done in order, one in memory at a time. What a block was tuned to goes to a file of its own, from which the
 rest goes on after an interruption, with the same result as without.
 """
@@ -20,11 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ...kernels.quantize import QuantizedWeight, from_tensors
+from ...kernels.quantize import QuantizedWeight, dequantize, from_tensors
 from ...kernels.refit import FittedLayer, refit
 from ...profiles.calibration import Calibration
 from ...profiles.files import sweep_temporaries, write_atomic
@@ -32,7 +35,6 @@ from ...profiles.hessians import HessianFiles
 from ...profiles.jobs import Job, JobList
 from ...profiles.progress import progress
 from ...profiles.quantize_jobs import QuantizeTask, read_rows, read_weight_result
-from ...profiles.schema import HEAD
 from ...profiles.streaming import StreamedModel
 from .block_tuning import Change, quantized_copy, stored_tensors, tune_block
 from .errors import CheckpointError
@@ -94,7 +96,7 @@ class TuneTask:
     @property
     def blocks(self) -> list[int]:
         """Numbers of the decoder blocks, ascending."""
-        return sorted({job.layer.block for job in self.jobs.jobs if job.layer.role != HEAD})
+        return sorted({job.layer.block for job in self.jobs.jobs if _in_a_block(job)})
 
     def path(self, block: int) -> Path:
         """The file of a block."""
@@ -106,10 +108,10 @@ class TuneTask:
         return self.directory / "tuned-model.safetensors"
 
     def groups(self, block: int | None = None) -> list[list[Job]]:
-        """The layers of a block, or of the model with its head, those together that share a codebook."""
+        """The layers of a block, or all of the model, those together that share a codebook."""
         groups: dict[tuple[str, ...], list[Job]] = {}
         for job in self.jobs.jobs:
-            if block is None or (job.layer.block == block and job.layer.role != HEAD):
+            if block is None or (job.layer.block == block and _in_a_block(job)):
                 groups.setdefault(self.patterns[job.layer.name], []).append(job)
         return list(groups.values())
 
@@ -203,7 +205,7 @@ class Tuner:
             return
         directory, windows = task.quantized.model_dir, self.tuning.tokens.windows
         model = StreamedModel(directory, windows, self.device, dtype=torch.float32)
-        changed = list(model.hidden)
+        changed = _embedded(task, model, windows)
         while model.block <= missing[-1]:
             block = model.block
             _next_block(task, model, changed)
@@ -215,6 +217,19 @@ def _fit_layers(task: TuneTask, missing: Sequence[int]) -> Iterator[int]:
     for block in missing:
         _write(task.path(block), Tuned(stored_tensors(_fitted(task, block))))
         yield block
+
+
+def _in_a_block(job: Job) -> bool:
+    return not (job.layer.is_embedding or job.layer.is_head)
+
+
+def _embedded(task: TuneTask, model: StreamedModel, windows: Tensor) -> list[Tensor]:
+    """What enters the first block in the quantized model, as `StreamedModel.hidden`."""
+    embedding = next((job for job in task.jobs.jobs if job.layer.is_embedding), None)
+    if embedding is None:
+        return list(model.hidden)
+    rows = dequantize(task.packed(embedding)).cpu()
+    return [F.embedding(batch, rows) for batch in windows.split([len(batch) for batch in model.hidden])]
 
 
 def _next_block(task: TuneTask, model: StreamedModel, changed: list[Tensor]) -> None:

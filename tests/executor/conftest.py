@@ -75,7 +75,7 @@ def hand_made_plan(model_dir, assignment):
     )
     from msq.profiles.inventory import inventory
 
-    info = inventory(model_dir)
+    info = inventory(model_dir, embedding=any("embed_tokens" in roles for roles in assignment))
     layers, size = [], 0
     for layer in info.layers:
         parent, _, role = layer.name.rpartition(".")

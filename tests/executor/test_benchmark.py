@@ -38,6 +38,24 @@ def test_random_models_have_the_bytes_of_their_scheme_and_finite_logits(architec
     assert logits.isfinite().all() and 0.05 < float(logits.std()) < 20
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_random_embedding_is_counted_once_and_costs_nothing_without_products(tied):
+    config = make_config("llama", tie_word_embeddings=tied)
+    quantization = uniform_quantization(config, NUQ, head=INT, embedding=TCQ, fused=False)
+    assert quantization.spec("model.embed_tokens") == TCQ and ("lm_head" in quantization.layers) is not tied
+    model = random_model(config, quantization, CPU, dtype=torch.float32)
+    shapes = {name: (layer.out_features, layer.in_features) for name, layer in quantization.layers.items()}
+    assert weight_bytes(model) == sum(quantization.spec(name).size_bytes(*shape) for name, shape in shapes.items())
+    assert (model.lm_head is model.model.embed_tokens.linear) is tied
+    tokens = torch.arange(9)[None]
+    with torch.inference_mode():
+        before = model(tokens).logits
+        assert before.isfinite().all()
+        with without_products(model):
+            assert not model.model.embed_tokens(tokens).any() and not model(tokens).logits.any()
+        assert torch.equal(model(tokens).logits, before)
+
+
 def test_fused_and_single_layers_are_the_same_model():
     def logits(fused):
         config = make_config("qwen2")

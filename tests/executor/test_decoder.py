@@ -35,7 +35,7 @@ def install_plan(model, assignment) -> None:
                 weights[name] = quantize(linear.weight.detach(), spec, rotation_seed=input_seed(group))
                 biases[name] = None if linear.bias is None else linear.bias.detach()
             places.append(Place(names, implementation))
-    install(model, weights, biases, places)
+    install(model, weights, biases, places, torch.float32)
 
 
 PLANS = {

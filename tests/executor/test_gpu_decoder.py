@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from msq.kernels.cuda.embedding import KernelEmbedding
 from msq.kernels.cuda.linear import KernelLinear
 from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.executor.benchmark import measure_kernels, measure_step
@@ -24,6 +25,27 @@ def test_graph_steps_give_the_stock_models_logits(architecture, dtype):
     config = make_config(architecture, **LARGER)
     model = random_model(config, uniform_quantization(config, TCQ, head=NUQ), CUDA, dtype=dtype)
     assert isinstance(model.lm_head, KernelLinear)
+    assert_steps_are_those_of_the_stock_forward(model, dtype)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_steps_look_a_packed_embedding_up(tied):
+    config = make_config("llama", **LARGER, tie_word_embeddings=tied)
+    model = random_model(config, uniform_quantization(config, TCQ, head=NUQ, embedding=TCQ), CUDA)
+    embedding = model.model.embed_tokens
+    assert isinstance(embedding, KernelEmbedding) and (model.lm_head is embedding.linear) is tied
+    assert_steps_are_those_of_the_stock_forward(model, torch.float16)
+    assert "look_up" in {row.kernel for row in measure_kernels(model, 2, 16)}
+    reference = random_model(
+        config, uniform_quantization(config, TCQ, head=NUQ, embedding=TCQ), CUDA, implementation="reference"
+    )
+    tokens = torch.arange(40, device=CUDA).view(2, 20)
+    with torch.inference_mode():
+        found, expected = model(tokens).logits.float(), reference(tokens).logits.float()
+    assert float((found - expected).norm() / expected.norm()) < 1e-2
+
+
+def assert_steps_are_those_of_the_stock_forward(model, dtype):
     tokens = torch.randint(512, (3, 20), generator=torch.Generator().manual_seed(3)).to(CUDA)
     decoder = Decoder(model, batch_size=3, capacity=24)
     with torch.inference_mode():

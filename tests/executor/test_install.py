@@ -75,7 +75,13 @@ def test_what_was_installed_can_be_taken_out_again(implementation):
     names = [f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj")]
     weights = {name: random_weight(NUQ, rows, 64, generator) for name, rows in zip(names, (64, 32, 64), strict=True)}
     biases = {names[0]: torch.randn(64), names[1]: torch.randn(32), names[2]: None}
-    install(model, weights, biases, [Place(tuple(names[:2]), implementation), Place((names[2],), implementation)])
+    install(
+        model,
+        weights,
+        biases,
+        [Place(tuple(names[:2]), implementation), Place((names[2],), implementation)],
+        torch.float32,
+    )
     assert isinstance(model.get_submodule(names[1]), FusedSlice)
     found = installed_layers(model)
     assert set(found) == set(names)

@@ -19,6 +19,7 @@ from msq.profiles.calibration import calibration
 from msq.profiles.models import choose_device, load_model
 from safetensors.torch import load_file
 
+from ..conftest import build_tiny_model
 from .conftest import hand_made_plan
 
 ASSIGNMENT = {
@@ -28,6 +29,7 @@ ASSIGNMENT = {
     ("down_proj",): QuantizerSpec(Family.HALF_TCQ, 2.25, 9),
     ("lm_head",): QuantizerSpec(Family.NUQ, 4),
 }
+COARSE = QuantizerSpec(Family.NUQ, 2)
 
 
 def tokens_of(model_dir: Path):
@@ -133,6 +135,31 @@ def test_a_whole_model_is_tuned_and_an_interrupted_job_goes_on(tiny_llama, tmp_p
     apply_plan(tiny_llama, plan, tmp_path / "out", **how)
     assert epochs == list(range(3, model_tuning.EPOCHS + 1))
     assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tuning_leaves_an_embedding_as_encoded_and_makes_up_for_it(tied, tmp_path, monkeypatch):
+    model_dir = build_tiny_model("llama", tmp_path / "model", tie_word_embeddings=tied)
+    plan, tokens = hand_made_plan(model_dir, ASSIGNMENT | {("embed_tokens",): COARSE}), tokens_of(model_dir)
+    inputs, tune_block = {}, tuning_module.tune_block
+
+    def noted(model, module, weights, shared, changed, target):
+        inputs[model.block] = torch.cat(changed)
+        return tune_block(model, module, weights, shared, changed, target)
+
+    monkeypatch.setattr(tuning_module, "tune_block", noted)
+    apply_plan(model_dir, plan, tmp_path / "plain")
+    apply_plan(model_dir, plan, tmp_path / "tuned", tuning=Tuning(TuneMethod.MODEL, tokens))
+    before, after = tensors(tmp_path / "plain"), tensors(tmp_path / "tuned")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if "embed_tokens" in name} <= same
+    assert ("lm_head.scales" in before) is not tied and "lm_head.scales" not in same
+    model = load_checkpoint(tmp_path / "tuned")
+    assert torch.allclose(inputs[0], model.model.embed_tokens(tokens.windows), atol=1e-6)
+    part = read_manifest(tmp_path / "tuned").tuning
+    assert len(part.losses) == 2 and part.kl[1] < part.kl[0]
+    found = evaluate(model, tokens.windows, reference=load_model(model_dir, choose_device("cpu"))).kl
+    assert abs(found - part.kl[1]) < 0.01 * found
 
 
 def test_tuning_that_does_not_help_is_dropped(tiny_llama, tmp_path, monkeypatch):

@@ -10,9 +10,23 @@ from msq.kernels.specs import Family, QuantizerSpec
 from msq.planner.executor.overhead import ExecutorOverhead
 from msq.profiles.latency_job import LatencySettings, run_latency_profile
 from msq.profiles.model_source import EMBEDDED
+from msq.profiles.schema import EMBEDDING_ROLES
 
 pytestmark = pytest.mark.gpu
 SPECS = (QuantizerSpec(Family.INT, 4), QuantizerSpec(Family.NUQ, 3), QuantizerSpec(Family.TCQ, 3, 16))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("executor", [True, False])
+def test_a_profile_with_the_embedding(tmp_path, executor, tied):
+    config = json.loads((EMBEDDED / "ref-tiny-3m" / "config.json").read_text())
+    (tmp_path / "tiny.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+    settings = LatencySettings(specs=SPECS, batch_sizes=(1, 8), context=32, embedding=True)
+    overhead = ExecutorOverhead() if executor else None
+    profile = run_latency_profile(tmp_path / "tiny.json", tmp_path / "p", settings, overhead=overhead)
+    rows = profile.latency[profile.latency["pattern"].isin(EMBEDDING_ROLES)]
+    assert set(rows["implementation"]) == {"tensor_core" if tied else "lookup"} and len(rows) == 3 * 2
+    assert all(us > 0 for us in profile.manifest.latency.embedding_us.values())
 
 
 @pytest.mark.parametrize("executor", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from msq.profiles.job import ProfileSettings, run_profile
 from msq.profiles.journal import JOURNAL_FILE
 from msq.profiles.latency import Product, kernel_shapes, products
 from msq.profiles.latency_job import LatencySettings, model_with_zeros, run_latency_profile
+from msq.profiles.model_source import EMBEDDED
 from msq.profiles.models import choose_device, load_model
 from msq.profiles.overhead import static_step
-from msq.profiles.schema import HEAD
+from msq.profiles.schema import EMBED, EMBEDDING_ROLES, HEAD
 from msq.profiles.tables import load_profile, save_profile
 
 from .conftest import Interrupting
@@ -83,7 +85,7 @@ def test_an_interrupted_job_goes_on(config, tmp_path, monkeypatch, rows):
             assert (kept["latency_us"][kept["batch_size"] == key[4]] == round(row[0], 3)).all() and len(kept)
         else:
             part = profile.manifest.latency
-            assert {"overhead": part.overhead_us, "head": part.head_us}[kind][key[0]] == row
+            assert {"overhead": part.overhead_us, HEAD: part.head_us}[kind][key[0]] == row
 
 
 def test_rows_of_another_device_are_refused(config, tmp_path, monkeypatch):
@@ -165,6 +167,47 @@ def test_a_head_that_is_not_planned_goes_to_the_overhead(tiny_llama, latency, tm
     there, part = latency.manifest.latency, profile.manifest.latency
     assert HEAD not in profile.layer_names and HEAD not in set(profile.latency["pattern"])
     assert part.overhead_us == {batch: there.overhead_us[batch] + there.head_us[batch] for batch in (1, 2)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_joins_and_goes_to_the_overhead_where_it_is_not_planned(tiny_llama, latency, tmp_path, tied):
+    model = shutil.copytree(EMBEDDED / "ref-tiny-3m" if tied else tiny_llama, tmp_path / "model")
+    settings = dataclasses.replace(SETTINGS, specs=SPECS[1:2], embedding=True)
+    measured = run_latency_profile(model / "config.json", tmp_path / "latency", settings)
+    rows = measured.latency[measured.latency["pattern"].isin(EMBEDDING_ROLES)]
+    assert len(rows) == 2 and (rows["latency_us"] > 0).all()
+    loss = losses(model, tmp_path / "loss", embedding=True)
+    profile = combine(loss, measured, tmp_path / "joined")
+    assert profile.layer_names[0] == EMBED
+    assert profile.manifest.latency.overhead_us == measured.manifest.latency.overhead_us
+    plan = find_plan(profile, parse_budgets(["memory=4bpw", "latency=100s"]), quantizers="nuq-2").plan
+    assert plan.promised.latency_us[2] == pytest.approx(
+        float(rows[rows["batch_size"] == 2]["latency_us"].iloc[0])
+        + _blocks_and_head_us(plan, profile, 2)
+        + measured.manifest.latency.overhead_us[2]
+    )
+    without = losses(model, tmp_path / "without", head=False)
+    plain, part = combine(without, measured, tmp_path / "plain").manifest.latency, measured.manifest.latency
+    for batch in (1, 2):
+        expected = part.overhead_us[batch] + part.head_us[batch] + part.embedding_us[batch]
+        assert plain.overhead_us[batch] == pytest.approx(expected)
+    if not tied:
+        with pytest.raises(ProfileError, match=r"embed_tokens of tiny has no counterpart.*measured with --embedding"):
+            combine(loss, latency, tmp_path / "x")
+
+
+def _blocks_and_head_us(plan, profile, batch):
+    """µs of every kernel of a plan but the embedding's."""
+    rows = profile.latency.set_index(["pattern", "out_features", "in_features", "implementation", "batch_size"])
+    shapes = profile.layers.set_index("layer")
+    total = 0.0
+    for entry in plan.layers:
+        if entry.layer == EMBED or entry.layer != entry.pattern[0]:
+            continue
+        members = shapes.loc[list(entry.pattern)]
+        key = ("+".join(members["role"]), members["out_features"].sum(), members["in_features"].iloc[0])
+        total += rows.loc[(*key, entry.implementation, batch), "latency_us"]
+    return total
 
 
 def test_a_sensitivity_can_be_given_for_the_head(tiny_llama, latency, tmp_path):

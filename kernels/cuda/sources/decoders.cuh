@@ -40,8 +40,8 @@ struct Unit {
 
     static constexpr int LANE_BYTES = WIDTH >= 4 ? 16 : WIDTH >= 2 ? 8 : 4;  // of a lane's first piece
 
-    // `place`: of this lane's first piece in global memory; where not `active`, the words stay as they are.
-    __device__ __forceinline__ void load(const u8* place, bool active = true) {
+    // A lane's words. `place`: of its first piece in global memory; where not `active`, the words stay as they are.
+    __device__ __forceinline__ void load(const u8* place, bool active = true, int lane = lane_index()) {
 #pragma unroll
         for (int piece = 0; piece < WIDTH / 4; ++piece) {
             u32* to = words + 4 * piece;
@@ -53,11 +53,11 @@ struct Unit {
         if constexpr ((WIDTH & 2) != 0) {
             u32* to = words + WIDTH / 4 * 4;
             Words2 two{to[0], to[1]};
-            load_once_if(two, place - (LANE_BYTES - 8) * lane_index() + TWOS, active);
+            load_once_if(two, place - (LANE_BYTES - 8) * lane + TWOS, active);
             to[0] = two.x, to[1] = two.y;
         }
         if constexpr ((WIDTH & 1) != 0) {
-            load_once_if(words[WIDTH - 1], place - (LANE_BYTES - 4) * lane_index() + ONES, active);
+            load_once_if(words[WIDTH - 1], place - (LANE_BYTES - 4) * lane + ONES, active);
         }
     }
 };
@@ -336,11 +336,14 @@ struct TrellisDecoder {
 
     static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
 
+    // The first 16 bits of a lane's runs: what follows the runs of lane - 4.
+    static __device__ __forceinline__ u32 starts(const Unit<WIDTH>& unit) {
+        return permute(unit.words[0], unit.words[WIDTH / 2], (WIDTH & 1) != 0 ? 0x7610 : 0x5410);
+    }
+
     // The run of lane + 4 continues a lane's run: the streams are circles.
     static __device__ __forceinline__ void finish(Unit<WIDTH>& unit) {
-        constexpr u32 selector = (WIDTH & 1) != 0 ? 0x7610 : 0x5410;
-        u32 starts = permute(unit.words[0], unit.words[WIDTH / 2], selector);
-        unit.next = shuffle(starts, (lane_index() + 4) & 31);
+        unit.next = shuffle(starts(unit), (lane_index() + 4) & 31);
     }
 
     template <int BLOCK>

@@ -5,15 +5,16 @@
 //     out[j][c] = scale * sum_i sign(M[i][j]) * value(in[i][c])        i, j < ORDER
 //
 // and then, where FWHT is set, a Walsh-Hadamard transform along the COLUMNS = INNER columns. `value` applies the random
-// signs, and before them x * weight (NORM; the row's 1 / rms joins the scale) or silu(gate) * up (GATE). With ADD, x is
-// the sum of two rows, rounded to their format, and is written out as well.
+// signs (SIGNS), and before them x * weight (NORM; the row's 1 / rms joins the scale) or silu(gate) * up (GATE). With ADD, x is
+// the sum of two rows, rounded to their format, and is written out as well. The inverse rotation has the transposed
+// matrices and applies the signs to what the last pass writes (OUT_SIGNS).
 //
 // A block owns GROUP * WARPS_J outputs j for COLUMNS columns of one row and outer index. Each lane loads VECTOR
 // neighbouring columns; COLUMNS / VECTOR lanes span the columns, and the WAYS = WARPS_K * 32 * VECTOR / COLUMNS groups
 // of lanes that do so take every WAYS-th i. Their partial sums meet in shared memory in a fixed order; then one warp
 // transforms one j. Only partial sums go through shared memory, at the price that every block reads the row.
 //
-// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, NORM, ADD, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is divided);
+// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, OUT_SIGNS, NORM, ADD, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is divided);
 // IN and OUT: formats, 0 fp16, 1 bf16, 2 fp32.
 #include "rows.cuh"
 
@@ -68,13 +69,21 @@ __device__ __forceinline__ void transform(float* value, int lane) {
     }
 }
 
+// The random signs of neighbouring numbers of a row, from `place` on.
+template <int COUNT>
+__device__ __forceinline__ void flip(float* value, const u8* signs, int place) {
+    u32 flips = signs[place / 8] >> place % 8;
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) value[n] = bits_to_float(float_to_bits(value[n]) ^ sign_bit(flips, n));
+}
+
 // Args: `in`: rows of ROW numbers, `in_stride` apart (the gate, where GATE is set); `second`: the up rows,
-// `second_stride` apart, or the norm's weight (ROW numbers); `out`: contiguous rows of ROW numbers; `input_signs`: one
-// bit a number of a row, set for -1; `matrix`: bit g of byte [j / GROUP][i], j a multiple of GROUP, is set where
+// `second_stride` apart, or the norm's weight (ROW numbers); `out`: contiguous rows of ROW numbers; `signs`: one bit a
+// number of a row, set for -1; `matrix`: bit g of byte [j / GROUP][i], j a multiple of GROUP, is set where
 // M[i][j + g] < 0. With ADD: `residual`: rows to add, `residual_stride` apart; `total`: contiguous rows for the sums, which
 // must be no row that is read, as other blocks may still read it.
 extern "C" __global__ void __launch_bounds__(WARPS* LANES)
-    rotate(const void* in, int in_stride, const void* second, int second_stride, void* out, const u8* input_signs,
+    rotate(const void* in, int in_stride, const void* second, int second_stride, void* out, const u8* signs,
            const u8* matrix, float scale, float epsilon, const void* residual, int residual_stride, void* total) {
     int warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
     int warp_k = warp % WARPS_K, warp_j = warp / WARPS_K;
@@ -105,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
             if (i < ORDER) {
                 int place = base + i * INNER;
                 coefficients[n] = group[i];
-                if constexpr (SIGNS) flips[n] = input_signs[place / 8] >> place % 8;
+                if constexpr (SIGNS) flips[n] = signs[place / 8] >> place % 8;
                 if constexpr (NORM) other[n].load(second, place);
             }
         }
@@ -167,10 +176,11 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
             if constexpr (FWHT) transform(sum[g], lane);
 #pragma unroll
             for (int n = 0; n < OWN; ++n) sum[g][n] *= scale;
-            int j = (slice * WARPS_J + warp_j) * GROUP + g;
+            int place = outer * (ORDER * INNER) + ((slice * WARPS_J + warp_j) * GROUP + g) * INNER + column;
+            if constexpr (OUT_SIGNS) flip<OWN>(sum[g], signs, place);
             Raw<OUT, OWN> result;
             result.set(sum[g]);
-            result.store(out, (long long)row * ROW + outer * (ORDER * INNER) + j * INNER + column);
+            result.store(out, (long long)row * ROW + place);
         }
     } else {
         // partial[warp][g][piece][lane][PIECE]: each lane writes whole pieces, neighbours side by side.
@@ -215,9 +225,10 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
             for (int n = 0; n < OWN; ++n) value[n] *= scale;
             if (lane * OWN < COLUMNS) {
                 int j = slice * WARPS_J * GROUP + local;
+                int place = outer * (ORDER * INNER) + j * INNER + tile * COLUMNS + own_column;
+                if constexpr (OUT_SIGNS) flip<OWN>(value, signs, place);
                 Raw<OUT, OWN> result;
                 result.set(value);
-                int place = outer * (ORDER * INNER) + j * INNER + tile * COLUMNS + own_column;
                 result.store(out, (long long)row * ROW + place);
             }
         }

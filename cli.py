@@ -91,7 +91,7 @@ def profile(
     device: Device = "cpu",
     quantizers: Quantizers = None,
     state_bits: Annotated[
-        int, typer.Option(help="Trellis state length L of tcq and half_tcq; 12 encodes faster.")
+        int, typer.Option(min=4, max=16, help="Trellis state length L of tcq and half_tcq; 12 encodes faster.")
     ] = 16,
     batch_sizes: Annotated[
         str, typer.Option(help='Batch sizes for latency, e.g. "1,8"; "none" leaves latency out.')

@@ -170,9 +170,13 @@ class QuantizerSpec:
     @property
     def label(self) -> str:
         """The name people use: ``tcq-3.5``; what differs from the default says so: ``tcq-3.5-L12``, ``tcq-4-T9``."""
+        return self.label_with(self.state_bits)
+
+    def label_with(self, state_bits: int) -> str:
+        """The label that this quantizer has with another trellis length, whether or not that length fits its rate."""
         suffix = "" if self.code is TrellisCode.HYB else f"-{self.code}"
-        if self.has_trellis and self.state_bits != DEFAULT_STATE_BITS:
-            suffix += f"-L{self.state_bits}"
+        if self.has_trellis and state_bits != DEFAULT_STATE_BITS:
+            suffix += f"-L{state_bits}"
         if self.table_bits != self._default_table_bits:
             suffix += f"-T{self.table_bits}"
         return f"{self.family.replace('_', '-')}-{self.bits:g}{suffix}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from dataclasses import replace
 
 from ..kernels.specs import QuantizerSpec, default_palette, every_quantizer, match_labels
 from .errors import ProfileError
@@ -52,26 +53,21 @@ def parse_palette(globs: str | None, state_bits: int) -> tuple[QuantizerSpec, ..
     ``tcq-3`` selects ``tcq-3-L12`` when L is 12.
 
     Raises:
-        QuantizerError: a glob selects nothing, or the trellis length doesn't fit.
+        QuantizerError: a glob selects nothing, or the trellis length doesn't fit what is selected.
     """
     if globs is None:
         return default_palette(state_bits)
-    usual, every = _names(default_palette(state_bits)), _names(every_quantizer(state_bits))
+    usual, every = _names(default_palette(), state_bits), _names(every_quantizer(), state_bits)
     chosen: set[QuantizerSpec] = set()
     for glob in globs.split(","):
         names = usual if any(fnmatch.fnmatchcase(name, glob.strip()) for name in usual) else every
         chosen |= {names[name] for name in match_labels(list(names), glob)} if glob.strip() else set()
     if not chosen:
         match_labels(list(every), globs)  # says what was expected
-    return tuple(spec for spec in dict.fromkeys(every.values()) if spec in chosen)
+    found = (spec for spec in dict.fromkeys(every.values()) if spec in chosen)
+    return tuple(replace(spec, state_bits=state_bits) if spec.has_trellis else spec for spec in found)
 
 
-def _names(specs: tuple[QuantizerSpec, ...]) -> dict[str, QuantizerSpec]:
-    """The specs by what users may call them: without the trellis length, and with it."""
-    plain = {_without_length(spec): spec for spec in specs}
-    return plain | {spec.label: spec for spec in specs}
-
-
-def _without_length(spec: QuantizerSpec) -> str:
-    """The label without the trellis length."""
-    return spec.label.replace(f"-L{spec.state_bits}", "")
+def _names(specs: tuple[QuantizerSpec, ...], state_bits: int) -> dict[str, QuantizerSpec]:
+    """Specs of the default trellis length by what users may call them: without the asked length, and with it."""
+    return {spec.label: spec for spec in specs} | {spec.label_with(state_bits): spec for spec in specs}

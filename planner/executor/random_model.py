@@ -7,13 +7,13 @@ weights, on any device that holds the packed ones.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.random_weight import ROTATION_SEED, random_weight
-from ...kernels.specs import Family, QuantizerSpec
+from ...kernels.specs import TILE, Family, QuantizerSpec
 from ...profiles.schema import HEAD, ROLES
 from ..plan import Plan, PlannedLayer, PlanQuantizer
 from .errors import CheckpointError
@@ -46,7 +46,7 @@ def uniform_quantization(
 
     Args:
         head: of the output layer; None leaves it as it is.
-        fused: whether layers of one input run as one kernel.
+        fused: whether layers of one input run as one kernel, where their rows fill its tiles.
     """
     model = model_without_weights(config)
     planned = []
@@ -54,6 +54,8 @@ def uniform_quantization(
         parent, _, role = name.rpartition(".")
         together = next((roles for roles in _FUSED if role in roles), {role}) if fused else {role}
         pattern = tuple(f"{parent}.{other}" if parent else other for other in (*ROLES, HEAD) if other in together)
+        if any(cast(nn.Linear, model.get_submodule(path)).out_features % TILE for path in pattern[:-1]):
+            pattern = (name,)
         chosen = head if name == HEAD and head is not None else spec
         planned.append(PlannedLayer(layer=name, quantizer=chosen.label, implementation="tensor_core", pattern=pattern))
     specs = {chosen.label: chosen for chosen in (spec, head) if chosen is not None}

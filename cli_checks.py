@@ -93,7 +93,7 @@ def _steps(profile: Profile, device: str) -> Steps | None:
         return None
     here, there = describe_device(choose_device(device)), profile.manifest.device
     if here.kind != "cuda" or here.name != there.name:
-        note(f"msq: latencies were promised for {there.name} and are not checked on {here.name} ({here.kind}).")
+        note(f"msq: latencies are checked on the GPU that they are promised for, not here: {there.name}, {here.name}.")
         return None
     context = _context(profile)
     return lambda model, batches: {batch: measure_step(model, batch, context).step_us for batch in batches}

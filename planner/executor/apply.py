@@ -23,13 +23,14 @@ from ... import __version__
 from ...kernels.quantize import tensor_shapes
 from ...kernels.specs import QuantizerSpec
 from ...profiles.engines import IN_PROCESS, Engine, run_jobs
+from ...profiles.errors import CorruptModelError
 from ...profiles.files import JOB_FILE, claim_directory, dump_yaml, try_lock
 from ...profiles.hessians import Calibration, collect_hessians
 from ...profiles.inventory import ModelInventory, inventory, weight_files
 from ...profiles.job import model_digest
 from ...profiles.jobs import JobList
-from ...profiles.model_config import EMBEDDING
-from ...profiles.models import choose_device
+from ...profiles.model_config import is_derived
+from ...profiles.models import choose_device, load_tokenizer
 from ...profiles.quantize_jobs import QuantizeTask, WeightResult, read_weight_result
 from ...profiles.schema import HEAD
 from ..errors import PlanError
@@ -100,7 +101,8 @@ def apply_plan(
 
     Raises:
         PlanError: the plan is for another model, or promises Hessians and there are none.
-        ProfileError: a weight can't be read or quantized, or workers are killed again and again.
+        ProfileError: the tokenizer is damaged, a weight can't be read, or workers are killed again and again.
+        CorruptModelError: a weight can't be quantized; what was made of others is removed.
         CheckpointError: `out` is taken, can't be written, or its bytes are not the promised ones; or
             `work_directory(out)` holds another job's files.
     """
@@ -112,12 +114,14 @@ def apply_plan(
             "the plan's errors are those of quantization under Hessians, which data-free quantization can't keep; add "
             "--hessian, or plan with a profile of --error weights."
         )
-    _check_bytes(plan, info)
+    if (model_dir / "tokenizer.json").is_file():
+        load_tokenizer(model_dir)  # it is copied: whoever runs the checkpoint would find that it is damaged
     out, work = out.absolute(), work_directory(out)
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken and not work.is_dir():
         raise CheckpointError(f"{out} exists already; choose another --out, or remove it.")
     digest = _check_digest(plan, model_dir)
+    _check_bytes(plan, info)
     try:
         work.mkdir(parents=True, exist_ok=True)
         with (work / _LOCK).open("ab") as lock:
@@ -130,12 +134,16 @@ def apply_plan(
             job |= {"msq": __version__, "torch": torch.__version__}
             claim_directory(work, job, "an unfinished checkpoint", CheckpointError)
             directory = None
-            if hessian is not None:
-                directory = work / _HESSIANS
-                seed = plan.profile.seed
-                collect_hessians(model_dir, info, hessian, directory, digest=digest, seed=seed, device=where)
-            task = QuantizeTask(model_dir.absolute(), plan.profile.seed, directory, keep_weights=True)
-            manifest = _build(plan, info, task, work, device, engine, hessian)
+            try:
+                if hessian is not None:
+                    directory = work / _HESSIANS
+                    seed = plan.profile.seed
+                    collect_hessians(model_dir, info, hessian, directory, digest=digest, seed=seed, device=where)
+                task = QuantizeTask(model_dir.absolute(), plan.profile.seed, directory, keep_weights=True)
+                manifest = _build(plan, info, task, work, device, engine, hessian)
+            except CorruptModelError:
+                shutil.rmtree(work)
+                raise
             if out.exists():
                 out.rmdir()
             (work / _DRAFT).rename(out)
@@ -233,12 +241,12 @@ def _write_weights(
     engine: Engine,
 ) -> dict[str, WeightResult]:
     """Fill the weights files as jobs get done; returns the results without their tensors."""
-    planned = {layer.stored_as for layer in info.layers} - {EMBEDDING}  # a tied head's codes stand beside it
+    planned = {f"{layer.name}.weight" for layer in info.layers}  # not a tied head's embedding: its codes stand beside
     untouched = [
         (path, tensor)
         for path in weight_files(task.model_dir)
         for tensor in stored_tensors(path)
-        if tensor.name not in planned
+        if tensor.name not in planned and not is_derived(tensor.name)
     ]
     packed = [
         TensorSlot(f"{layer.name}.{name}", _STORED_AS[dtype], shape)

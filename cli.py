@@ -30,9 +30,13 @@ from .cli_options import (
     Workers,
     note,
     print_json,
+    refuse_given,
 )
 
 BAD_INPUT, INFEASIBLE = 2, 3
+
+_OF_LOSSES = ("loss", "text", "tokens", "window", "noise", "error", "head", "seed", "engine", "workers")
+"""Options of `msq profile` that mean nothing to `--latency-only`."""
 
 app = typer.Typer(
     name="msq",
@@ -80,6 +84,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def profile(
+    command: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -91,7 +96,7 @@ def profile(
     device: Device = "cpu",
     quantizers: Quantizers = None,
     state_bits: Annotated[
-        int, typer.Option(min=4, max=16, help="Trellis state length L of tcq and half_tcq; 12 encodes faster.")
+        int, typer.Option(help="Trellis state length L of tcq and half_tcq; 12 encodes faster.")
     ] = 16,
     batch_sizes: Annotated[
         str, typer.Option(help='Batch sizes for latency, e.g. "1,8"; "none" leaves latency out.')
@@ -125,11 +130,20 @@ def profile(
     from .kernels.rotation import rotation_note
     from .planner.executor.overhead import ExecutorOverhead
     from .profiles.engines import Engine
+    from .profiles.errors import ProfileError
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
     from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
 
+    if latency_only:
+        refuse_given(
+            command, _OF_LOSSES, "--latency-only measures no losses; leave one or the other out.", ProfileError
+        )
+    if loss not in ("data-free", "calibration"):
+        refuse_given(command, ["noise"], f"--loss {loss} perturbs nothing; leave one or the other out.", ProfileError)
     specs, batches = parse_palette(quantizers, state_bits), parse_batch_sizes(batch_sizes)
+    if not batches:
+        refuse_given(command, ["context"], "--batch-sizes none times no step; leave out one of them.", ProfileError)
     if latency_only:
         measure_latencies(model, out, specs, batches, context, device, restart=restart, json_output=json_output)
         return
@@ -171,6 +185,7 @@ app.command()(cli_planning.compare)
 
 @app.command()
 def apply(
+    command: typer.Context,
     model: Annotated[str, typer.Argument(help="The model that was profiled.")],
     plan: Annotated[Path, typer.Option("--plan", help="plan.yaml of `msq plan`.")],
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint; must not exist.")],
@@ -194,8 +209,9 @@ def apply(
     from .profiles.hessians import calibration
     from .profiles.model_source import resolve_model
 
-    if text is not None and not hessian:
-        raise PlanError("--text is for Hessians; add --hessian, or leave it out.")
+    if not hessian:
+        names = ("text", "tokens", "window", "seed")
+        refuse_given(command, names, "for Hessians alone; add --hessian, or leave it out.", PlanError)
     promised = load_plan(plan)
     directory = resolve_model(model)
     calibrated = calibration(directory, text, tokens=tokens, window=window, seed=seed) if hessian else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import Device, HessianText, Json, ProfileDir, Seed, Tokens, Window, note, print_json
+from .cli_options import Device, HessianText, Json, ProfileDir, Seed, Tokens, Window, note, print_json, refuse_given
 
 if TYPE_CHECKING:
     from .experiments.promise_check import PromiseReport, Steps
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def check(
+    command: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of `msq apply`.")],
     model: Annotated[str, typer.Option(help="The model that was quantized.")],
     profile: ProfileDir,
@@ -48,8 +49,9 @@ def check(
     from .profiles.model_source import resolve_model
     from .profiles.models import load_config, random_windows, token_windows
 
-    if text is not None and not hessian:
-        raise PlanError("--text is for Hessians; add --hessian, or leave it out (--on is the text to measure on).")
+    if not hessian:
+        why = "for Hessians alone; add --hessian, or leave it out (--on is the text to measure on)."
+        refuse_given(command, ("text", "tokens"), why, PlanError)
     manifest = read_manifest(checkpoint)
     plan, directory = load_plan(checkpoint / PLAN_FILE), resolve_model(model)
     measured = check_profile(profile, plan)

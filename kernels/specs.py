@@ -24,6 +24,9 @@ PAIRS_PER_TILE = TILE * TILE // 2
 SCALE_BYTES = 2
 """One fp16 scale per output row."""
 DEFAULT_STATE_BITS = 16
+"""Trellis state length L, the longest too."""
+LEAST_STATE_BITS = 4
+"""What the lowest rate needs."""
 
 
 class Family(StrEnum):
@@ -111,7 +114,7 @@ class QuantizerSpec:
         if self.bits not in _RATES[family]:
             raise QuantizerError(f"{family} comes in {_RATES[family]}; got {self.bits:g}.")
         if self.has_trellis:
-            if not 2 * self.rates[-1] < self.state_bits <= 16:
+            if not 2 * self.rates[-1] < self.state_bits <= DEFAULT_STATE_BITS:
                 raise QuantizerError(
                     f"a {family} trellis at {self.bits:g} bits needs a state of {int(2 * self.rates[-1]) + 1} to 16 "
                     f"bits; got {self.state_bits}."

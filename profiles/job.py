@@ -33,6 +33,7 @@ from .hessians import Calibration, calibration, collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
+from .model_config import check_context, read_json
 from .models import choose_device, load_model
 from .overhead import StepOverhead, journaled_overhead, measure_head, stock_overhead
 from .quantizer_errors import measure_errors
@@ -133,6 +134,9 @@ def run_profile(
     """
     device = choose_device(settings.device)
     model_info = inventory(model_dir, name=name, head=settings.head)
+    if settings.batch_sizes:
+        config = model_dir / "config.json"
+        check_context(read_json(config, "model config"), settings.context, config)
     digest = model_digest(model_dir)
     tokens = calibration(model_dir, settings.text, tokens=settings.tokens, window=settings.window, seed=settings.seed)
     journal_path = out / JOURNAL_FILE

@@ -127,6 +127,19 @@ def implied_shapes(config: dict[str, Any], where: Path) -> dict[str, tuple[int, 
     return found if ties_embeddings(config) else found | {HEAD_WEIGHT: (vocabulary, hidden)}
 
 
+def check_context(config: dict[str, Any], context: int, where: Path) -> None:
+    """Whether a decoding step can be timed after so many tokens.
+
+    Raises:
+        ProfileError: the model doesn't read so many.
+    """
+    longest = whole_number(config, "max_position_embeddings", where, default=context + 1)  # not said: any will do
+    if context >= longest:
+        raise ProfileError(
+            f"expected a context below the {longest} tokens that the model reads ({where}); got {context}."
+        )
+
+
 def implied_tensors(config: dict[str, Any], where: Path) -> dict[str, StoredTensor]:
     """Every tensor that a model of this config stores, by name.
 

@@ -6,7 +6,14 @@ import difflib
 import fnmatch
 from dataclasses import replace
 
-from ..kernels.specs import QuantizerSpec, default_palette, every_quantizer, match_labels
+from ..kernels.specs import (
+    DEFAULT_STATE_BITS,
+    LEAST_STATE_BITS,
+    QuantizerSpec,
+    default_palette,
+    every_quantizer,
+    match_labels,
+)
 from .errors import ProfileError
 from .schema import LossMethod
 
@@ -35,14 +42,15 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
     """``1,8`` or ``none``.
 
     Raises:
-        ProfileError: not whole numbers.
+        ProfileError: not whole numbers of at least 1, or one is there twice.
     """
     if text.strip().lower() == "none":
         return ()
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as cause:
-        raise ProfileError(f'expected batch sizes such as "1,8", or "none"; got "{text}".') from cause
+    parts = [part.strip() for part in text.split(",")]
+    sizes = tuple(int(part) for part in parts if part.isdecimal())
+    if len(sizes) != len(parts) or len(set(sizes)) != len(sizes) or 0 in sizes:
+        raise ProfileError(f'expected distinct batch sizes of at least 1, such as "1,8", or "none"; got "{text}".')
+    return sizes
 
 
 def parse_palette(globs: str | None, state_bits: int) -> tuple[QuantizerSpec, ...]:
@@ -54,7 +62,12 @@ def parse_palette(globs: str | None, state_bits: int) -> tuple[QuantizerSpec, ..
 
     Raises:
         QuantizerError: a glob selects nothing, or the trellis length doesn't fit what is selected.
+        ProfileError: it fits no quantizer at all.
     """
+    if not LEAST_STATE_BITS <= state_bits <= DEFAULT_STATE_BITS:
+        raise ProfileError(
+            f"expected a trellis state of {LEAST_STATE_BITS} to {DEFAULT_STATE_BITS} bits; got {state_bits}."
+        )
     if globs is None:
         return default_palette(state_bits)
     usual, every = _names(default_palette(), state_bits), _names(every_quantizer(), state_bits)

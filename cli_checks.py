@@ -95,7 +95,7 @@ def _steps(profile: Profile, device: str) -> Steps | None:
         return None
     here, there = describe_device(choose_device(device)), profile.manifest.device
     if here.kind != "cuda" or here.name != there.name:
-        note(f"msq: latencies are checked on the GPU that they are promised for, not here: {there.name}, {here.name}.")
+        note(f"msq: only a GPU's latencies are checked, on that GPU; these are of {there.name}, run on a {here.kind}.")
         return None
     context = _context(profile)
     return lambda model, batches: {batch: measure_step(model, batch, context).step_us for batch in batches}

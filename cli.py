@@ -30,9 +30,13 @@ from .cli_options import (
     Workers,
     note,
     print_json,
+    refuse_given,
 )
 
 BAD_INPUT, INFEASIBLE = 2, 3
+
+_OF_LOSSES = ("loss", "text", "calibration", "tokens", "window", "noise", "error", "head", "seed", "engine", "workers")
+"""Options of `msq profile` that mean nothing to `--latency-only`."""
 
 app = typer.Typer(
     name="msq",
@@ -80,6 +84,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def profile(
+    command: typer.Context,
     model: Annotated[
         str,
         typer.Argument(
@@ -134,11 +139,20 @@ def profile(
     from .planner.executor.overhead import ExecutorOverhead
     from .profiles.calibration import parse_source
     from .profiles.engines import Engine
+    from .profiles.errors import ProfileError
     from .profiles.job import ProfileSettings, run_profile
     from .profiles.model_source import resolve_model
     from .profiles.options import parse_batch_sizes, parse_loss_method, parse_palette
 
+    if latency_only:
+        refuse_given(
+            command, _OF_LOSSES, "--latency-only measures no losses; leave one or the other out.", ProfileError
+        )
+    if loss not in ("data-free", "calibration"):
+        refuse_given(command, ["noise"], f"--loss {loss} perturbs nothing; leave one or the other out.", ProfileError)
     specs, batches = parse_palette(quantizers, state_bits), parse_batch_sizes(batch_sizes)
+    if not batches:
+        refuse_given(command, ["context"], "--batch-sizes none times no step; leave out one of them.", ProfileError)
     if latency_only:
         measure_latencies(
             model, out, specs, batches, context, device, embedding=embedding, restart=restart, json_output=json_output

@@ -21,10 +21,12 @@ from .cli_options import (
     calibration_tokens,
     note,
     print_json,
+    refuse_given,
 )
 
 
 def apply(
+    command: typer.Context,
     model: Annotated[str, typer.Argument(help="The model that was profiled.")],
     plan: Annotated[Path, typer.Option("--plan", help="plan.yaml of `msq plan`.")],
     out: Annotated[Path, typer.Option(help="Directory of the checkpoint; must not exist.")],
@@ -61,8 +63,10 @@ def apply(
     method = parse_tune(tune)
     tuned_on_tokens = method in (TuneMethod.BLOCKS, TuneMethod.MODEL)
     needed = hessian or tuned_on_tokens
-    if (text is not None or calibration != "random") and not needed:
-        raise PlanError("--text and --calibration are for Hessians and tuning; add --hessian or --tune blocks.")
+    if not needed:
+        names = ("text", "calibration", "tokens", "window", "seed")
+        why = "for Hessians and tuning alone; add --hessian or --tune blocks, or leave it out."
+        refuse_given(command, names, why, PlanError)
     promised = load_plan(plan)
     directory = resolve_model(model)
     chosen = {"tokens": tokens, "window": window, "seed": seed}

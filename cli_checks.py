@@ -21,6 +21,7 @@ from .cli_options import (
     calibration_tokens,
     note,
     print_json,
+    refuse_given,
 )
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 def check(
+    command: typer.Context,
     checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of `msq apply`.")],
     model: Annotated[str, typer.Option(help="The model that was quantized.")],
     profile: ProfileDir,
@@ -64,11 +66,9 @@ def check(
 
     manifest = read_manifest(checkpoint)
     tuned = None if manifest.tuning is None else manifest.tuning.tokens
-    if (text is not None or calibration != "random") and not hessian and tuned is None:
-        raise PlanError(
-            "--text and --calibration are for Hessians and tuning; add --hessian, or leave them out (--on is the text "
-            "to measure on)."
-        )
+    if not hessian and tuned is None:
+        why = "for Hessians and tuning alone; add --hessian, or leave it out (--on is the text to measure on)."
+        refuse_given(command, ("text", "calibration", "tokens"), why, PlanError)
     plan, directory = load_plan(checkpoint / PLAN_FILE), resolve_model(model)
     measured = check_profile(profile, plan)
     calibrated = None
@@ -118,7 +118,7 @@ def _steps(profile: Profile, device: str) -> Steps | None:
         return None
     here, there = describe_device(choose_device(device)), profile.manifest.device
     if here.kind != "cuda" or here.name != there.name:
-        note(f"msq: latencies were promised for {there.name} and are not checked on {here.name} ({here.kind}).")
+        note(f"msq: only a GPU's latencies are checked, on that GPU; these are of {there.name}, run on a {here.kind}.")
         return None
     context = _context(profile)
     return lambda model, batches: {batch: measure_step(model, batch, context).step_us for batch in batches}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +62,22 @@ def _positive(seconds: float) -> float:
 
 
 TimeLimit = Annotated[float, typer.Option(callback=_positive, help="Seconds for a solver on a problem; inf for none.")]
+
+
+def refuse_given(command: typer.Context, names: Iterable[str], why: str, error: type[ValueError]) -> None:
+    """Refuses options that would do nothing beside another one, if the command line names any.
+
+    Args:
+        names: of parameters.
+        why: rest of the sentence after the options' names.
+
+    Raises:
+        error: one of them was given.
+    """
+    sources = ((name, command.get_parameter_source(name)) for name in names)
+    given = [f"--{name.replace('_', '-')}" for name, source in sources if source and source.name == "COMMANDLINE"]
+    if given:
+        raise error(f"{', '.join(given)}: {why}")
 
 
 def print_json(value: dict[str, Any]) -> None:

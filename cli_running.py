@@ -61,12 +61,15 @@ def benchmark(
 ) -> None:
     """Tokens per second, measured against promised; bytes of the weights, allocated against promised."""
     from .planner.executor.benchmark import measure_kernels, measure_prompt, measure_step, shared_bytes, weight_bytes
+    from .planner.executor.errors import CheckpointError
     from .profiles.device import describe_device
     from .profiles.models import choose_device
     from .profiles.options import parse_batch_sizes
 
     target = choose_device(device)
     batches = parse_batch_sizes(batch_size)
+    if not batches:
+        raise CheckpointError('expected a batch size to measure, such as --batch-size 1,8; got "none".')
     model, promised = _subject(checkpoint, plan, device, implementation)
     steps = []
     for batch in batches:

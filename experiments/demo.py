@@ -25,6 +25,7 @@ from ..planner.executor.apply import apply_plan
 from ..planner.executor.load import load_checkpoint
 from ..planner.plan import Plan, save_plan
 from ..planner.solve import find_plan
+from ..profiles.engines import Engine
 from ..profiles.job import ProfileSettings, run_profile
 from ..profiles.model_source import resolve_model
 from ..profiles.models import choose_device, load_model, load_tokenizer, windows_of
@@ -38,6 +39,8 @@ MODEL = "ref-tiny-3m"
 PALETTE = "tcq-[123]*,tcq-4,half-tcq-[23]*,nuq-[2345]"
 STATE_BITS = 12
 BUDGET = "memory=3.0bpw"
+TOKENS = 8192
+"""Tokens that the sensitivities see."""
 _WINDOW, _WINDOWS = 512, 48
 
 
@@ -101,13 +104,13 @@ def run_demo(out: Path) -> list[DemoRow]:
 
 def _profile(directory: Path, out: Path) -> Profile:
     """Measure, or load what an earlier run has measured."""
-    settings = ProfileSettings(specs=parse_palette(PALETTE, STATE_BITS), tokens=8192)
+    settings = ProfileSettings(specs=parse_palette(PALETTE, STATE_BITS), tokens=TOKENS)
     if (out / MANIFEST_FILE).exists():
         found = load_profile(out)
         if set(found.labels) != {spec.label for spec in settings.specs} or found.manifest.model.name != MODEL:
             raise PlanError(f"{out} is not the demo's profile; remove it or choose another --out.")
         return found
-    return run_profile(directory, out, settings, name=MODEL)
+    return run_profile(directory, out, settings, name=MODEL, engine=Engine())  # a process for each core
 
 
 def _report(console: Console, rows: list[DemoRow], plan: Plan, windows: Tensor) -> None:

@@ -113,7 +113,8 @@ class PromiseCheck:
         stored = stored_bytes(checkpoint, {entry.layer for entry in plan.layers})
         broken = []
         if not stored == plan.promised.memory_bytes == manifest.memory_bytes:
-            broken.append(f"{plan.promised.memory_bytes} bytes were promised, {stored} are stored")
+            listed = "" if stored == manifest.memory_bytes else f", msq.yaml says {manifest.memory_bytes}"
+            broken.append(f"{plan.promised.memory_bytes} bytes were promised, {stored} are stored{listed}")
         for batch, (promised, found) in steps.items():
             if found > promised * (1 + LATENCY_TOLERANCE):
                 broken.append(f"a step at batch {batch} was promised in {promised:.1f} us and takes {found:.1f}")

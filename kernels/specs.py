@@ -24,6 +24,9 @@ PAIRS_PER_TILE = TILE * TILE // 2
 SCALE_BYTES = 2
 """One fp16 scale per output row."""
 DEFAULT_STATE_BITS = 16
+"""Trellis state length L, the longest too."""
+LEAST_STATE_BITS = 4
+"""What the lowest rate needs."""
 
 
 class Family(StrEnum):
@@ -111,7 +114,7 @@ class QuantizerSpec:
         if self.bits not in _RATES[family]:
             raise QuantizerError(f"{family} comes in {_RATES[family]}; got {self.bits:g}.")
         if self.has_trellis:
-            if not 2 * self.rates[-1] < self.state_bits <= 16:
+            if not 2 * self.rates[-1] < self.state_bits <= DEFAULT_STATE_BITS:
                 raise QuantizerError(
                     f"a {family} trellis at {self.bits:g} bits needs a state of {int(2 * self.rates[-1]) + 1} to 16 "
                     f"bits; got {self.state_bits}."
@@ -170,9 +173,13 @@ class QuantizerSpec:
     @property
     def label(self) -> str:
         """The name people use: ``tcq-3.5``; what differs from the default says so: ``tcq-3.5-L12``, ``tcq-4-T9``."""
+        return self.label_with(self.state_bits)
+
+    def label_with(self, state_bits: int) -> str:
+        """The label that this quantizer has with another trellis length, whether or not that length fits its rate."""
         suffix = "" if self.code is TrellisCode.HYB else f"-{self.code}"
-        if self.has_trellis and self.state_bits != DEFAULT_STATE_BITS:
-            suffix += f"-L{self.state_bits}"
+        if self.has_trellis and state_bits != DEFAULT_STATE_BITS:
+            suffix += f"-L{state_bits}"
         if self.table_bits != self._default_table_bits:
             suffix += f"-T{self.table_bits}"
         return f"{self.family.replace('_', '-')}-{self.bits:g}{suffix}"

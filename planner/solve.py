@@ -106,7 +106,7 @@ def find_plan(
     try:
         built = build_problem(profile, budgets, quantizers=quantizers, implementations=implementations, fusion=fusion)
         constrained = constrain(built, constraints)
-        backend = get_solver(solver or default_solver(constrained.problem))
+        backend = get_solver(default_solver(constrained.problem) if solver is None else solver)
         solution = backend.solve(
             constrained.problem, time_limit=time_limit, rel_gap=rel_gap, seed=seed, threads=threads
         )

@@ -23,8 +23,9 @@ from .model_config import (
     HEAD_WEIGHT,
     StoredTensor,
     architecture_of,
+    implied_shapes,
     implied_tensors,
-    layer_shapes,
+    is_derived,
     module_path,
     read_json,
     ties_embeddings,
@@ -130,7 +131,7 @@ def inventory(
         raise ProfileError(f"expected a model directory at {directory}; there is none.")
     config = read_json(directory / "config.json", "model config")
     architecture_of(config, directory / "config.json")
-    tensors = _read_headers(directory)
+    tensors = {key: tensor for key, tensor in _read_headers(directory).items() if not is_derived(key)}
     where, named = directory / "config.json", name or directory.resolve().name
     return _inventory(config, tensors, directory, where, named, head, embedding)
 
@@ -177,27 +178,15 @@ def _inventory(
     embedding: bool,
 ) -> ModelInventory:
     architecture = architecture_of(config, where)
-    shapes = layer_shapes(config, architecture, where)
     blocks = whole_number(config, "num_hidden_layers", where)
-    layers = [
-        _layer(tensors, module_path(block, role), block, role, shapes[role], directory)
-        for block in range(blocks)
-        for role in ROLES
-    ]
-    numbers = (int(match[1]) for match in map(_BLOCK.match, tensors) if match)
-    last = max(numbers, default=-1)
-    if last >= blocks:
-        raise ProfileError(
-            f"{directory} holds weights of block {last}, its config.json counts {blocks} blocks from 0; "
-            "the config belongs to another model."
-        )
-    tied = ties_embeddings(config) or HEAD_WEIGHT not in tensors
+    _check_tensors(tensors, implied_shapes(config, where), blocks, directory)
+    layers = [_layer(tensors, module_path(block, role), block, role) for block in range(blocks) for role in ROLES]
+    tied = ties_embeddings(config)
     if embedding:
-        role = TIED_ROLE if tied else EMBED_ROLE
-        layers.insert(0, _layer(tensors, EMBED, 0, role, shapes[HEAD], directory))
+        layers.insert(0, _layer(tensors, EMBED, 0, TIED_ROLE if tied else EMBED_ROLE))
     if not (tied and embedding) and (head or (head is None and not tied)):
-        layers.append(_layer(tensors, HEAD, blocks, HEAD, shapes[HEAD], directory, EMBEDDING if tied else HEAD_WEIGHT))
-    replaced = {layer.stored_as for layer in layers if layer.stored_as == f"{layer.name}.weight"}
+        layers.append(_layer(tensors, HEAD, blocks, HEAD, EMBEDDING if tied else HEAD_WEIGHT))
+    replaced = {f"{layer.name}.weight" for layer in layers}
     if tied and embedding:
         replaced.add(HEAD_WEIGHT)  # some files hold the tied weight twice
     return ModelInventory(
@@ -226,35 +215,54 @@ def weight_files(model_dir: Path) -> list[Path]:
     return [model_dir / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def _layer(
-    tensors: dict[str, StoredTensor],
-    name: str,
-    block: int,
-    role: str,
-    shape: tuple[int, int],
-    directory: Path,
-    stored_as: str | None = None,
-) -> LayerInfo:
-    weight = stored_as or f"{name}.weight"
-    tensor = tensors.get(weight)
-    if tensor is None:
-        raise ProfileError(f"{directory} has no weight '{weight}'; the model is incomplete, download it again.")
-    if tensor.dtype not in _FLOATS:
+def _check_tensors(
+    tensors: dict[str, StoredTensor], implied: dict[str, tuple[int, ...]], blocks: int, directory: Path
+) -> None:
+    """Compare what is stored with what the config implies; a tied head may be stored all the same.
+
+    Raises:
+        ProfileError: a tensor is missing, unknown, of another shape, or not in floating point.
+    """
+    for name, shape in implied.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            raise ProfileError(f"{directory} has no weight '{name}'; the model is incomplete, download it again.")
+        if tensor.dtype not in _FLOATS:
+            raise ProfileError(
+                f"'{name}' in {tensor.file} is stored as {tensor.dtype}; expected an unquantized model in "
+                f"{', '.join(_FLOATS.values())}."
+            )
+        if tensor.shape != shape:
+            raise ProfileError(
+                f"'{name}' in {tensor.file} has shape {tensor.shape}; config.json implies {shape}; "
+                "the two belong to different models."
+            )
+    last = max((int(match[1]) for match in map(_BLOCK.match, tensors) if match), default=-1)
+    if last >= blocks:
         raise ProfileError(
-            f"'{weight}' in {tensor.file} is stored as {tensor.dtype}; expected an unquantized model in "
-            f"{', '.join(_FLOATS.values())}."
+            f"{directory} holds weights of block {last}, its config.json counts {blocks} blocks from 0; "
+            "the config belongs to another model."
         )
-    if tensor.shape != shape:
+    unknown = sorted(tensors.keys() - implied.keys() - {HEAD_WEIGHT})
+    if unknown:
         raise ProfileError(
-            f"'{weight}' in {tensor.file} has shape {tensor.shape}; config.json implies {shape}; "
+            f"{directory} holds '{unknown[0]}' in {tensors[unknown[0]].file}, which its config.json does not imply; "
             "the two belong to different models."
         )
+
+
+def _layer(
+    tensors: dict[str, StoredTensor], name: str, block: int, role: str, stored_as: str | None = None
+) -> LayerInfo:
+    weight = stored_as or f"{name}.weight"
+    tensor = tensors[weight]
+    rows, width = tensor.shape
     return LayerInfo(
         name=name,
         block=block,
         role=role,
-        out_features=shape[0],
-        in_features=shape[1],
+        out_features=rows,
+        in_features=width,
         fusion_group=f"{name.removesuffix(role)}{_FUSED[role]}" if role in _FUSED else name,
         dtype=_FLOATS[tensor.dtype],
         has_bias=f"{name}.bias" in tensors,

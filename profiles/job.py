@@ -34,6 +34,7 @@ from .hessians import collect_hessians
 from .inventory import LayerInfo, ModelInventory, inventory
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
+from .model_config import check_context, read_json
 from .models import choose_device, load_model
 from .overhead import StepOverhead, journaled_overhead, measure_plain, stock_overhead
 from .quantizer_errors import measure_errors
@@ -153,6 +154,9 @@ def run_profile(
             f"the head of {name} is its embedding, so the two are planned as one layer; expected --embedding without "
             "--no-head, or neither of them."
         )
+    if settings.batch_sizes:
+        config = model_dir / "config.json"
+        check_context(read_json(config, "model config"), settings.context, config)
     digest = model_digest(model_dir)
     tokens = calibration(
         model_dir,

@@ -28,6 +28,7 @@ from .frames import latency_table, layer_table, model_part, quantizer_table
 from .inventory import ModelInventory, inventory_of_config
 from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
+from .model_config import check_context, read_json
 from .models import choose_device, load_config
 from .overhead import StepOverhead, journaled_overhead, measure_plain, stand_ins, stock_overhead
 from .schema import EMBED, HEAD, MANIFEST_FILE, STOCK_METHODS, LatencyPart, ProfileManifest
@@ -89,6 +90,7 @@ def run_latency_profile(
     """
     device = choose_device(settings.device)
     info = inventory_of_config(config, name=name, head=True, embedding=settings.embedding)
+    check_context(read_json(config, "model config"), settings.context, config)
     make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}

@@ -101,22 +101,17 @@ def whole_number(config: dict[str, Any], key: str, where: Path, default: int | N
     return value
 
 
-def implied_tensors(config: dict[str, Any], where: Path) -> dict[str, StoredTensor]:
-    """Every tensor that a model of this config stores, by name.
+def implied_shapes(config: dict[str, Any], where: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a model of this config stores, by name, block by block; what is outside comes last.
 
     Raises:
-        ProfileError: an unsupported architecture, a missing size, or weights that are not in floating point.
+        ProfileError: an unsupported architecture, or a missing size.
     """
     architecture = architecture_of(config, where)
     shapes = layer_shapes(config, architecture, where)
-    named = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if named not in _STORED:
-        raise ProfileError(f"{where}: dtype should be one of {', '.join(_STORED)}; got {named!r}.")
     vocabulary, hidden = shapes[HEAD]
-    found: dict[str, tuple[int, ...]] = {EMBEDDING: (vocabulary, hidden), "model.norm.weight": (hidden,)}
-    if not ties_embeddings(config):
-        found[HEAD_WEIGHT] = (vocabulary, hidden)
     biased = _biased_roles(config, architecture)
+    found: dict[str, tuple[int, ...]] = {}
     for block in range(whole_number(config, "num_hidden_layers", where)):
         for role in ROLES:
             found[f"{module_path(block, role)}.weight"] = shapes[role]
@@ -128,7 +123,39 @@ def implied_tensors(config: dict[str, Any], where: Path) -> dict[str, StoredTens
             head_size = shapes["q_proj"][0] // whole_number(config, "num_attention_heads", where)
             for norm in ("q_norm", "k_norm"):
                 found[f"model.layers.{block}.self_attn.{norm}.weight"] = (head_size,)
-    return {name: StoredTensor(shape, _STORED[named], _NO_FILE) for name, shape in found.items()}
+    found |= {EMBEDDING: (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    return found if ties_embeddings(config) else found | {HEAD_WEIGHT: (vocabulary, hidden)}
+
+
+def check_context(config: dict[str, Any], context: int, where: Path) -> None:
+    """Whether a decoding step can be timed after so many tokens.
+
+    Raises:
+        ProfileError: the model doesn't read so many.
+    """
+    longest = whole_number(config, "max_position_embeddings", where, default=context + 1)  # not said: any will do
+    if context >= longest:
+        raise ProfileError(
+            f"expected a context below the {longest} tokens that the model reads ({where}); got {context}."
+        )
+
+
+def implied_tensors(config: dict[str, Any], where: Path) -> dict[str, StoredTensor]:
+    """Every tensor that a model of this config stores, by name.
+
+    Raises:
+        ProfileError: as for `implied_shapes`, or weights that are not in floating point.
+    """
+    shapes = implied_shapes(config, where)
+    named = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if named not in _STORED:
+        raise ProfileError(f"{where}: dtype should be one of {', '.join(_STORED)}; got {named!r}.")
+    return {name: StoredTensor(shape, _STORED[named], _NO_FILE) for name, shape in shapes.items()}
+
+
+def is_derived(name: str) -> bool:
+    """Whether a stored tensor follows from the config, as old checkpoints hold them; nothing reads it."""
+    return name.endswith(".rotary_emb.inv_freq")
 
 
 def _biased_roles(config: dict[str, Any], architecture: str) -> tuple[str, ...]:

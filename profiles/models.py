@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ProfileError
+from .errors import CorruptModelError, ProfileError
+from .inventory import inventory
+from .model_config import read_json
 
 MAX_TEXT_BYTES = 64 << 20
 """A text file for calibration or evaluation may not be larger; it would be read whole."""
@@ -54,21 +56,29 @@ def load_model(directory: Path, device: torch.device) -> nn.Module:
     """The stock Hugging Face model, in evaluation mode; float32 on a CPU, its own dtype on a GPU.
 
     Raises:
-        ProfileError: transformers can't load it, or a weight is NaN or infinite.
+        ProfileError: a tensor is missing, unknown or of another shape (`inventory`), or transformers can't load it.
+        CorruptModelError: a weight is NaN or infinite.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    if read_json(directory / "config.json", "model config").get("quantization_config") is None:
+        inventory(directory)  # transformers would draw missing weights at random
     logging.disable_progress_bar()
     dtype = torch.float32 if device.type == "cpu" else "auto"
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
     except Exception as cause:  # transformers raises any type for a damaged model; type and text are told
         detail = " ".join(str(cause).split())[:200]
-        raise ProfileError(f"transformers can't load {directory} ({type(cause).__name__}: {detail}).") from cause
+        raise ProfileError(
+            f"transformers can't load {directory} ({type(cause).__name__}: {detail}); check its config.json, or "
+            "download it again."
+        ) from cause
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ProfileError(f"'{name}' of {directory} has NaN or infinite weights; the model is corrupt.")
+            raise CorruptModelError(
+                f"'{name}' of {directory} has NaN or infinite weights; the model is corrupt, download it again."
+            )
     return model.to(device).eval()
 
 
@@ -119,13 +129,19 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    read_json(directory / "config.json", "model config")  # transformers would blame the tokenizer
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ProfileError(f"{directory} has no tokenizer; expected tokenizer.json beside config.json.")
+        raise ProfileError(
+            f"{directory} has no tokenizer; expected tokenizer.json beside config.json: put it there, or download the "
+            "model again."
+        )
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as cause:  # as in load_model
         detail = " ".join(str(cause).split())[:200]
-        raise ProfileError(f"can't load the tokenizer of {directory} ({type(cause).__name__}: {detail}).") from cause
+        raise ProfileError(
+            f"can't load the tokenizer of {directory} ({type(cause).__name__}: {detail}); download it again."
+        ) from cause
 
 
 def random_windows(vocabulary: int, windows: int, length: int, seed: int) -> Tensor:

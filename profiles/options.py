@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from dataclasses import replace
 
-from ..kernels.specs import QuantizerSpec, default_palette, every_quantizer, match_labels
+from ..kernels.specs import (
+    DEFAULT_STATE_BITS,
+    LEAST_STATE_BITS,
+    QuantizerSpec,
+    default_palette,
+    every_quantizer,
+    match_labels,
+)
 from .errors import ProfileError
 from .schema import LossMethod
 
@@ -34,14 +42,15 @@ def parse_batch_sizes(text: str) -> tuple[int, ...]:
     """``1,8`` or ``none``.
 
     Raises:
-        ProfileError: not whole numbers.
+        ProfileError: not whole numbers of at least 1, or one is there twice.
     """
     if text.strip().lower() == "none":
         return ()
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as cause:
-        raise ProfileError(f'expected batch sizes such as "1,8", or "none"; got "{text}".') from cause
+    parts = [part.strip() for part in text.split(",")]
+    sizes = tuple(int(part) for part in parts if part.isdecimal())
+    if len(sizes) != len(parts) or len(set(sizes)) != len(sizes) or 0 in sizes:
+        raise ProfileError(f'expected distinct batch sizes of at least 1, such as "1,8", or "none"; got "{text}".')
+    return sizes
 
 
 def parse_palette(globs: str | None, state_bits: int) -> tuple[QuantizerSpec, ...]:
@@ -52,26 +61,26 @@ def parse_palette(globs: str | None, state_bits: int) -> tuple[QuantizerSpec, ..
     ``tcq-3`` selects ``tcq-3-L12`` when L is 12.
 
     Raises:
-        QuantizerError: a glob selects nothing, or the trellis length doesn't fit.
+        QuantizerError: a glob selects nothing, or the trellis length doesn't fit what is selected.
+        ProfileError: it fits no quantizer at all.
     """
+    if not LEAST_STATE_BITS <= state_bits <= DEFAULT_STATE_BITS:
+        raise ProfileError(
+            f"expected a trellis state of {LEAST_STATE_BITS} to {DEFAULT_STATE_BITS} bits; got {state_bits}."
+        )
     if globs is None:
         return default_palette(state_bits)
-    usual, every = _names(default_palette(state_bits)), _names(every_quantizer(state_bits))
+    usual, every = _names(default_palette(), state_bits), _names(every_quantizer(), state_bits)
     chosen: set[QuantizerSpec] = set()
     for glob in globs.split(","):
         names = usual if any(fnmatch.fnmatchcase(name, glob.strip()) for name in usual) else every
         chosen |= {names[name] for name in match_labels(list(names), glob)} if glob.strip() else set()
     if not chosen:
         match_labels(list(every), globs)  # says what was expected
-    return tuple(spec for spec in dict.fromkeys(every.values()) if spec in chosen)
+    found = (spec for spec in dict.fromkeys(every.values()) if spec in chosen)
+    return tuple(replace(spec, state_bits=state_bits) if spec.has_trellis else spec for spec in found)
 
 
-def _names(specs: tuple[QuantizerSpec, ...]) -> dict[str, QuantizerSpec]:
-    """The specs by what users may call them: without the trellis length, and with it."""
-    plain = {_without_length(spec): spec for spec in specs}
-    return plain | {spec.label: spec for spec in specs}
-
-
-def _without_length(spec: QuantizerSpec) -> str:
-    """The label without the trellis length."""
-    return spec.label.replace(f"-L{spec.state_bits}", "")
+def _names(specs: tuple[QuantizerSpec, ...], state_bits: int) -> dict[str, QuantizerSpec]:
+    """Specs of the default trellis length by what users may call them: without the asked length, and with it."""
+    return {spec.label: spec for spec in specs} | {spec.label_with(state_bits): spec for spec in specs}

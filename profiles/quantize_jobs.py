@@ -22,7 +22,7 @@ from ..kernels.errors import QuantizerError
 from ..kernels.quantize import QuantizedWeight, normalized_error, quantize
 from ..kernels.rotation import input_seed
 from ..kernels.row_chunks import join_errors, join_rows, row_chunks
-from .errors import ProfileError
+from .errors import CorruptModelError, ProfileError
 from .hessians import HessianFiles
 from .inventory import LayerInfo
 from .jobs import Job, JobList, Leases
@@ -166,7 +166,7 @@ class _LayerQuantizer:
                     weight, job.spec, rotation_seed=input_seed(layer.fusion_group, self._task.seed), hessian=hessian
                 )
             except QuantizerError as cause:
-                raise ProfileError(f"{layer.name}: {cause}") from cause
+                raise CorruptModelError(f"{layer.name}: {cause}") from cause
             parts.append(part)
             errors.append(normalized_error(weight, part, hessian))
             powers.append(float(weight.double().square().sum()) if len(chunks) > 1 else 0.0)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .errors import ProfileError
+from .errors import CorruptModelError, ProfileError
 from .inventory import weight_files
 from .models import load_config
 
@@ -202,5 +202,5 @@ def _read(path: Path, name: str) -> Tensor:
     with safe_open(path, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
     if not torch.isfinite(tensor).all():
-        raise ProfileError(f"'{name}' in {path} holds NaN or infinite numbers; the model is corrupt.")
+        raise CorruptModelError(f"'{name}' in {path} holds NaN or infinite numbers; the model is corrupt.")
     return tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from dataclasses import dataclass
 
-from .errors import ProfileError
+from .errors import CorruptModelError, ProfileError
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ class WorkerFailure:
         return cls(type(cause).__name__, str(cause), "".join(traceback.format_exception(cause)))
 
     def error(self) -> ProfileError:
-        """What to raise for it: the sentence of a ProfileError as it is, else type and text."""
-        if self.kind == ProfileError.__name__:
-            return ProfileError(self.text)
+        """What to raise for it: the sentence of this folder's errors as it is, else type and text."""
+        for kind in (ProfileError, CorruptModelError):
+            if self.kind == kind.__name__:
+                return kind(self.text)
         error = ProfileError(f"a worker failed with {self.kind}: {self.text or 'it says no more'}")
         error.add_note(self.trace)
         return error

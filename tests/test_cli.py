@@ -63,9 +63,10 @@ def test_hessians_from_profile_to_checkpoint(msq, tiny_llama, tmp_path):
     assert msq("plan", "--profile", measured, "--budget", "memory=4.5bpw", "--out", plan)[0] == 0
     shared = ["apply", tiny_llama, "--plan", plan, "--json", "--tokens", 320, "--window", 32]
     code, out, err = msq(*shared, "--out", tmp_path / "a")
-    assert code == 2 and not out and "add --hessian" in err
+    assert code == 2 and not out and "--tokens, --window: for Hessians and tuning alone; add --hessian" in err
     code, out, err = msq(*shared, "--out", tmp_path / "a", "--text", text)
-    assert code == 2 and not out and "add --hessian or --tune blocks" in err
+    names = "--text, --tokens, --window"
+    assert code == 2 and not out and f"{names}: for Hessians and tuning alone; add --hessian or --tune blocks" in err
     code, out, err = msq(*shared, "--out", tmp_path / "a", "--hessian")
     assert code == 0 and json.loads(out)["hessian"] == "random tokens" and "hessians" in err
     code, out, _ = msq(*shared, "--out", tmp_path / "b", "--hessian", "--text", text)
@@ -290,9 +291,25 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--loss", "fishy"], "unknown loss method"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--text", "x.txt"], "data-free sensitivities take none"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--error", "kl"], "weights or proxy"),
-        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--batch-sizes", "one"], "expected batch sizes"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--batch-sizes", "one"], "expected distinct batch sizes"),
         (["profile", "ref-tiny-3m", "--out", "{t}/p", "--device", "cuda:99"], "CUDA"),
-        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--state-bits", "30"], "trellis"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--state-bits", "30"], "trellis state of 4 to 16 bits; got 30"),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--batch-sizes", "0,1"], "distinct batch sizes of at least 1"),
+        (
+            ["profile", "ref-tiny-3m", "--out", "{t}/p", "--context", "1024"],
+            "below the 1024 tokens",
+        ),
+        (["profile", "ref-tiny-3m", "--out", "{t}/p", "--loss", "fisher", "--noise", "0.2"], "fisher perturbs nothing"),
+        (
+            ["profile", "ref-tiny-3m", "--out", "{t}/p", "--batch-sizes", "none", "--context", "8"],
+            "--context: --batch-sizes none times no step",
+        ),
+        (
+            ["profile", "llama-3.1-8b", "--out", "{t}/p", "--latency-only", "--no-head", "--tokens", "64"],
+            "--tokens, --head: --latency-only measures no losses",
+        ),
+        (["plan", "--profile", "{p}", "--budget", "memory=4bpw", "--solver", ""], "solver '' doesn't exist"),
+        (["benchmark", "{t}/none", "--batch-size", "none"], "expected a batch size to measure"),
         (["profile", "{p}", "--out", "{t}/p"], "config.json"),
         (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--solvers", ""], "at least one solver"),
         (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--time-limit", "-1"], "expected seconds above 0"),

@@ -25,12 +25,14 @@ from ...kernels.quantize import tensor_shapes
 from ...kernels.specs import QuantizerSpec
 from ...profiles.calibration import Calibration
 from ...profiles.engines import IN_PROCESS, Engine, run_jobs
+from ...profiles.errors import CorruptModelError
 from ...profiles.files import JOB_FILE, claim_directory, dump_yaml, try_lock
 from ...profiles.hessians import collect_hessians
 from ...profiles.inventory import ModelInventory, inventory, outside_blocks, weight_files
 from ...profiles.job import model_digest
 from ...profiles.jobs import JobList
-from ...profiles.models import choose_device
+from ...profiles.model_config import is_derived
+from ...profiles.models import choose_device, load_tokenizer
 from ...profiles.quantize_jobs import QuantizeTask, WeightResult, read_weight_result
 from ...profiles.schema import EMBED, HEAD
 from ..errors import PlanError
@@ -104,7 +106,8 @@ def apply_plan(
 
     Raises:
         PlanError: the plan is for another model, or promises Hessians and there are none.
-        ProfileError: a weight can't be read or quantized, or workers are killed again and again.
+        ProfileError: the tokenizer is damaged, a weight can't be read, or workers are killed again and again.
+        CorruptModelError: a weight can't be quantized; what was made of others is removed.
         CheckpointError: `out` is taken, can't be written, or its bytes are not the promised ones; or
             `work_directory(out)` holds another job's files.
     """
@@ -117,12 +120,14 @@ def apply_plan(
             "the plan's errors are those of quantization under Hessians, which data-free quantization can't keep; add "
             "--hessian, or plan with a profile of --error weights."
         )
-    _check_bytes(plan, info)
+    if (model_dir / "tokenizer.json").is_file():
+        load_tokenizer(model_dir)  # it is copied: whoever runs the checkpoint would find that it is damaged
     out, work = out.absolute(), work_directory(out)
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     if taken and not work.is_dir():
         raise CheckpointError(f"{out} exists already; choose another --out, or remove it.")
     digest = _check_digest(plan, model_dir)
+    _check_bytes(plan, info)
     try:
         work.mkdir(parents=True, exist_ok=True)
         with (work / _LOCK).open("ab") as lock:
@@ -136,13 +141,17 @@ def apply_plan(
             job |= {"msq": __version__, "torch": torch.__version__}
             claim_directory(work, job, "an unfinished checkpoint", CheckpointError)
             directory = None
-            if hessian is not None:
-                directory = work / _HESSIANS
-                seed = plan.profile.seed
-                collect_hessians(model_dir, info, hessian, directory, digest=digest, seed=seed, device=where)
-            task = QuantizeTask(model_dir.absolute(), plan.profile.seed, directory, keep_weights=True)
-            tuner = None if tuning is None else Tuner(tuning, work / _TUNED, where)
-            manifest = _build(plan, info, task, work, device, engine, hessian, tuner)
+            try:
+                if hessian is not None:
+                    directory = work / _HESSIANS
+                    seed = plan.profile.seed
+                    collect_hessians(model_dir, info, hessian, directory, digest=digest, seed=seed, device=where)
+                task = QuantizeTask(model_dir.absolute(), plan.profile.seed, directory, keep_weights=True)
+                tuner = None if tuning is None else Tuner(tuning, work / _TUNED, where)
+                manifest = _build(plan, info, task, work, device, engine, hessian, tuner)
+            except CorruptModelError:
+                shutil.rmtree(work)
+                raise
             if out.exists():
                 out.rmdir()
             (work / _DRAFT).rename(out)
@@ -254,7 +263,7 @@ def _write_weights(
         (path, tensor)
         for path in weight_files(task.model_dir)
         for tensor in stored_tensors(path)
-        if tensor.name not in info.replaced_tensors
+        if tensor.name not in info.replaced_tensors and not is_derived(tensor.name)
     ]
     packed = [
         TensorSlot(f"{layer.name}.{name}", _STORED_AS[dtype], shape)

@@ -21,6 +21,7 @@ from ...kernels.cuda.linear import KernelLinear
 from ...kernels.embedding import PackedEmbedding
 from ...kernels.linear import FusedSlice, QuantizedLinear
 from .decoder import Decoder
+from .errors import CheckpointError
 
 _ROUNDS = {"cuda": 9, "cpu": 5}
 _STEPS = {"cuda": 16, "cpu": 2}
@@ -77,7 +78,14 @@ def measure_step(model: nn.Module, batch_size: int, context: int) -> StepTime:
 
 def _started(model: nn.Module, batch_size: int, context: int) -> Decoder:
     device = next(model.parameters()).device
-    decoder = Decoder(model, batch_size=batch_size, capacity=context + _STEPS[device.type] + 1)
+    capacity = context + _STEPS[device.type] + 1
+    longest = cast(Any, model).config.max_position_embeddings
+    if capacity > longest:
+        raise CheckpointError(
+            f"expected a context of at most {longest - capacity + context} tokens, as the model reads {longest} and "
+            f"steps are timed after it; got {context}."
+        )
+    decoder = Decoder(model, batch_size=batch_size, capacity=capacity)
     decoder.pretend(context)
     return decoder
 

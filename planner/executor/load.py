@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ...kernels.errors import QuantizerError
-from ...kernels.quantize import QuantizedWeight, from_tensors
+from ...kernels.quantize import QuantizedWeight, from_tensors, tensor_shapes
 from ...profiles.models import choose_device, load_config
 from ...profiles.schema import HEAD
 from .errors import CheckpointError
@@ -81,18 +81,20 @@ def quantized_weights(quantization: QuantizationConfig, tensors: Mapping[str, Te
     """The packed layers of a checkpoint by name.
 
     Raises:
-        CheckpointError: a tensor is missing or of the wrong shape.
+        CheckpointError: a tensor is missing, unknown or of the wrong shape.
     """
     weights = {}
     for name, layer in quantization.layers.items():
         prefix = f"{name}."
+        size = layer.out_features, layer.in_features
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         try:
-            weights[name] = from_tensors(
-                quantization.spec(name), layer.out_features, layer.in_features, layer.rotation_seed, own
-            )
+            weights[name] = from_tensors(quantization.spec(name), *size, layer.rotation_seed, own)
         except QuantizerError as cause:
             raise CheckpointError(f"{name}: {cause} Apply the plan again.") from cause
+        unknown = sorted(own.keys() - tensor_shapes(quantization.spec(name), *size).keys() - {"bias"})
+        if unknown:
+            raise CheckpointError(f"{name} has the unknown tensor {unknown[0]}; apply the plan again.")
     return weights
 
 

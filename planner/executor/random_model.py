@@ -7,13 +7,13 @@ weights, on any device that holds the packed ones.
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.random_weight import ROTATION_SEED, random_weight
-from ...kernels.specs import Family, QuantizerSpec
+from ...kernels.specs import TILE, Family, QuantizerSpec
 from ...profiles.schema import EMBED, HEAD, ROLES
 from ..plan import Plan, PlannedLayer, PlanQuantizer
 from .errors import CheckpointError
@@ -52,7 +52,7 @@ def uniform_quantization(
     Args:
         head: of the output layer; None leaves it as it is.
         embedding: likewise; where the config ties the head to it, they are one layer, and `head` counts for nothing.
-        fused: whether layers of one input run as one kernel.
+        fused: whether layers of one input run as one kernel, where their rows fill its tiles.
     """
     model = model_without_weights(config)
     planned = []
@@ -63,6 +63,8 @@ def uniform_quantization(
         parent, _, role = name.rpartition(".")
         together = next((roles for roles in _FUSED if role in roles), {role}) if fused else {role}
         pattern = tuple(f"{parent}.{other}" for other in ROLES if other in together) or (name,)
+        if any(cast(nn.Linear, model.get_submodule(path)).out_features % TILE for path in pattern[:-1]):
+            pattern = (name,)
         chosen = outside.get(name) or spec
         runs = LOOKUP if name == EMBED and not tied else KERNELS
         planned.append(PlannedLayer(layer=name, quantizer=chosen.label, implementation=runs, pattern=pattern))

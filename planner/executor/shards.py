@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ...profiles.errors import CorruptModelError
 from ...profiles.inventory import DTYPE_BYTES, INDEX_FILE, WEIGHTS_FILE
 from .errors import CheckpointError
 
@@ -156,7 +157,7 @@ def stored_pieces(path: Path, tensor: TensorSlot) -> Iterator[Tensor]:
     """A stored tensor in pieces of `_PIECE_BYTES` at most (or a row), cut along its first dimension.
 
     Raises:
-        CheckpointError: it holds NaN or infinite numbers.
+        CorruptModelError: it holds NaN or infinite numbers.
     """
     rows = tensor.shape[0] if tensor.shape else 1
     at_once = max(1, _PIECE_BYTES * rows // max(1, tensor.size_bytes))
@@ -166,5 +167,7 @@ def stored_pieces(path: Path, tensor: TensorSlot) -> Iterator[Tensor]:
                 file.get_slice(tensor.name)[first : first + at_once] if tensor.shape else file.get_tensor(tensor.name)
             )
         if piece.is_floating_point() and not torch.isfinite(piece).all():
-            raise CheckpointError(f"'{tensor.name}' in {path} holds NaN or infinite numbers; the model is corrupt.")
+            raise CorruptModelError(
+                f"'{tensor.name}' in {path} holds NaN or infinite numbers; the model is corrupt, download it again."
+            )
         yield piece

@@ -57,11 +57,12 @@ def model(request) -> nn.Module:
     return make_model(request.param)
 
 
-def hand_made_plan(model_dir, assignment):
+def hand_made_plan(model_dir, assignment, *, head=None):
     """A plan for every layer of a model, without a profile.
 
     Args:
         assignment: by roles of a pattern, the quantizer; implementations are those for a GPU.
+        head: as for `inventory`.
     """
     from msq.planner.plan import (
         Plan,
@@ -75,7 +76,8 @@ def hand_made_plan(model_dir, assignment):
     )
     from msq.profiles.inventory import inventory
 
-    info = inventory(model_dir, embedding=any("embed_tokens" in roles for roles in assignment))
+    embedding = any("embed_tokens" in roles for roles in assignment)
+    info = inventory(model_dir, head=head, embedding=embedding)
     layers, size = [], 0
     for layer in info.layers:
         parent, _, role = layer.name.rpartition(".")

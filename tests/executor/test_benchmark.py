@@ -97,3 +97,13 @@ def test_a_plan_for_another_model_is_refused():
     entry = PlannedLayer(layer="lm_head", quantizer="a", implementation="reference", pattern=("lm_head",))
     with pytest.raises(CheckpointError, match=r"has a layer lm_head, which a Sequential of this config lacks"):
         _described(model, [entry], {"a": PlanQuantizer(family=Family.NUQ, bits=3)})
+
+
+def test_layers_whose_rows_leave_tiles_unfilled_run_alone():
+    config = make_config("llama", intermediate_size=88)  # gate: 5 tiles and a half
+    patterns = {len(layer.pattern) for layer in uniform_quantization(config, NUQ).layers.values()}
+    assert patterns == {1, 3}  # q, k and v still run together
+    with torch.inference_mode():
+        assert (
+            random_model(config, uniform_quantization(config, NUQ), CPU)(torch.arange(9)[None]).logits.isfinite().all()
+        )

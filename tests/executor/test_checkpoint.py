@@ -155,6 +155,14 @@ def test_a_weights_file_that_the_manifest_does_not_list_is_refused(copy):
         load_checkpoint(copy)
 
 
+def test_a_tensor_that_no_layer_knows_is_refused(built):
+    config = json.loads((built[2] / "config.json").read_text())["quantization_config"]
+    tensors = load_file(built[2] / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(CheckpointError, match=f"{name} has the unknown tensor zeros"):
+        quantized_weights(parse_quantization_config(config, "config.json"), tensors | {f"{name}.zeros": torch.ones(2)})
+
+
 def test_tensors_that_are_not_finite_or_named_twice_are_refused(tmp_path):
     save_file({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "a.safetensors")
     save_file({"b": torch.ones(2)}, tmp_path / "b.safetensors")

@@ -95,10 +95,38 @@ def test_shards_give_the_same_layers(model: Path) -> None:
 
 def test_biases_count_as_unplanned(model: Path) -> None:
     before = inventory(model).unplanned_bytes
-    edit_weights(model, **{"model.layers.0.self_attn.q_proj.bias": np.zeros(256, np.float32)})
+    rows = {"q_proj": 256, "k_proj": 128, "v_proj": 128, "o_proj": 256}
+    names = [f"model.layers.{block}.self_attn.{role}.bias" for block in range(4) for role in rows]
+    edit_weights(model, **{name: np.zeros(rows[name.split(".")[-2]], np.float32) for name in names})
+    edit_config(model, attention_bias=True)
     found = inventory(model)
-    assert [layer.name for layer in found.layers if layer.has_bias] == ["model.layers.0.self_attn.q_proj"]
-    assert found.unplanned_bytes == before + 4 * 256
+    assert [f"{layer.name}.bias" for layer in found.layers if layer.has_bias] == names
+    assert found.unplanned_bytes == before + 4 * 4 * sum(rows.values())
+
+
+@pytest.mark.parametrize(("name", "values", "message"), [
+    ("model.norm.weight", None, "has no weight 'model.norm.weight'; the model is incomplete"),
+    ("model.embed_tokens.weight", None, "has no weight 'model.embed_tokens.weight'; the model is incomplete"),
+    ("model.norm.weight", np.zeros(255, np.float16), r"has shape \(255,\); config.json implies \(256,\)"),
+    ("model.layers.0.self_attn.q_proj.bias", np.zeros(256, np.float16), "which its config.json does not imply"),
+    ("model.extra", np.zeros(2, np.float16), "holds 'model.extra' in model.safetensors, which its config.json does"),
+])  # fmt: skip
+def test_tensors_that_the_config_does_not_imply(model: Path, name: str, values: Any, message: str) -> None:
+    edit_weights(model, **{name: values})
+    with pytest.raises(ProfileError, match=message):
+        inventory(model)
+
+
+def test_missing_head_of_an_untied_model(model: Path) -> None:
+    edit_config(model, tie_word_embeddings=False)
+    with pytest.raises(ProfileError, match=r"has no weight 'lm_head\.weight'"):
+        inventory(model)
+
+
+def test_tensors_that_follow_from_the_config_are_left_out(model: Path) -> None:
+    before = inventory(model)
+    edit_weights(model, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(16, np.float32)})
+    assert inventory(model) == before
 
 
 @pytest.mark.parametrize(("changes", "message"), [

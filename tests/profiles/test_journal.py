@@ -32,6 +32,19 @@ def test_a_row_cut_short_is_dropped_and_the_rest_kept(tmp_path):
             assert ("row", "new") in journal
 
 
+def test_a_job_that_fails_before_its_first_row_leaves_nothing(tmp_path):
+    (tmp_path / "p").mkdir()
+    with pytest.raises(ZeroDivisionError), Journal(tmp_path / "p" / "rows", JOB):
+        1 / 0  # noqa: B018
+    assert not (tmp_path / "p").exists()
+    (tmp_path / "p").mkdir()
+    with pytest.raises(ZeroDivisionError), Journal(tmp_path / "p" / "rows", JOB) as journal:
+        journal.add(("row", 0), 1.0)
+        1 / 0  # noqa: B018
+    with Journal(tmp_path / "p" / "rows", JOB) as journal:
+        assert ("row", 0) in journal
+
+
 def test_another_job_is_refused_by_name_of_what_differs(tmp_path):
     path = tmp_path / "rows"
     with Journal(path, JOB) as journal:

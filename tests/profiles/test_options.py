@@ -30,6 +30,12 @@ def test_the_trellis_length_may_be_left_out():
     assert labels("tcq-4-T9,tcq-2-3inst", 12) == ["tcq-2-3inst-L12", "tcq-4-L12-T9"]
 
 
+def test_only_what_is_selected_must_fit_the_trellis_length():
+    assert labels("tcq-2,nuq-3,tcq-3-L*", 8) == ["nuq-3", "tcq-2-L8", "tcq-3-L8"]
+    with pytest.raises(QuantizerError, match="tcq trellis at 5 bits needs a state of 11 to 16 bits; got 10"):
+        parse_palette("tcq-2,tcq-5", 10)
+
+
 @pytest.mark.parametrize("globs", ["tqc-3", "tcq-2.7", " , "])
 def test_globs_that_select_nothing_are_refused(globs):
     with pytest.raises(QuantizerError):

@@ -87,7 +87,7 @@ def quantized_copy(
         replace_module(block, path, TunableLinear(weight, bias, codebooks.get(name)))
     for name, parameter in block.named_parameters():
         if prefix + name in tensors:
-            parameter.data = tensors[prefix + name].to(parameter)
+            parameter.data = tensors[prefix + name].to(parameter, copy=True)  # descent changes it in place
     return block
 
 
@@ -137,7 +137,8 @@ def changed_tensors(module: nn.Module, prefix: str, stored_dtype: Callable[[str]
     layers = {prefix + path: layer for path, layer in module.named_modules() if isinstance(layer, TunableLinear)}
     own = {f"{name}.{part}" for name in layers for part in ("scale_logs", "codebook")}
     learned = {prefix + name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
-    kept = {name: tensor.to("cpu", stored_dtype(name)) for name, tensor in learned.items() if name not in own}
+    others = {name: values for name, values in learned.items() if name not in own}
+    kept = {name: values.to("cpu", stored_dtype(name), copy=True) for name, values in others.items()}
     return stored_tensors({name: layer.tuned() for name, layer in layers.items()}) | kept
 
 

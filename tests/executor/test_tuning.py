@@ -17,7 +17,7 @@ from msq.planner.executor.manifest import CalibrationPart, TuneMethod, read_mani
 from msq.planner.executor.tuning import Tuning, parse_tune
 from msq.profiles.calibration import calibration
 from msq.profiles.models import choose_device, load_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ..conftest import build_tiny_model
 from .conftest import hand_made_plan
@@ -162,13 +162,19 @@ def test_tuning_leaves_an_embedding_as_encoded_and_makes_up_for_it(tied, tmp_pat
     assert abs(found - part.kl[1]) < 0.01 * found
 
 
-def test_tuning_that_does_not_help_is_dropped(tiny_llama, tmp_path, monkeypatch):
-    plan, tokens = hand_made_plan(tiny_llama, ASSIGNMENT), tokens_of(tiny_llama)
-    apply_plan(tiny_llama, plan, tmp_path / "layers", tuning=Tuning(TuneMethod.LAYERS))
-    monkeypatch.setattr("msq.planner.executor.block_tuning.LEARNING_RATE", 10.0)
-    apply_plan(tiny_llama, plan, tmp_path / "blocks", tuning=Tuning(TuneMethod.BLOCKS, tokens))
-    assert all(begin == end for begin, end in read_manifest(tmp_path / "blocks").tuning.losses)
-    assert (tmp_path / "blocks" / "model.safetensors").read_bytes() == (
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=["float16", "float32"])
+def test_tuning_that_does_not_help_is_dropped(stored, tmp_path, monkeypatch):
+    model_dir = build_tiny_model("qwen2", tmp_path / "model")
+    weights = {name: tensor.to(stored) for name, tensor in tensors(model_dir).items()}
+    save_file(weights, model_dir / "model.safetensors", {"format": "pt"})
+    plan, tokens = hand_made_plan(model_dir, ASSIGNMENT), tokens_of(model_dir)
+    apply_plan(model_dir, plan, tmp_path / "layers", tuning=Tuning(TuneMethod.LAYERS))
+    for module in ("block_tuning", "model_tuning"):
+        monkeypatch.setattr(f"msq.planner.executor.{module}.LEARNING_RATE", 10.0)
+    apply_plan(model_dir, plan, tmp_path / "model-tuned", tuning=Tuning(TuneMethod.MODEL, tokens))
+    part = read_manifest(tmp_path / "model-tuned").tuning
+    assert all(begin == end for begin, end in (*part.losses, part.kl))
+    assert (tmp_path / "model-tuned" / "model.safetensors").read_bytes() == (
         tmp_path / "layers" / "model.safetensors"
     ).read_bytes()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..kernels.specs import Family
 from .errors import ProfileError
 from .schema import EMBED_ROLE, EMBEDDING_ROLES, HEAD, HEAD_ROLES, TIED_ROLE, LatencyPart
 from .tables import Profile, save_profile
@@ -18,7 +19,8 @@ def combine(loss: Profile, latency: Profile, out: Path, *, sensitivities: Mappin
 
     Layers are matched by block and role. A head or embedding that only the latency profile plans stays in the model's
     own dtype; its time goes to the overhead. Quantizers are matched by their fields; those without a latency stay, for
-    memory budgets. Where the losses rest on errors on N(0,1) alone, the palette is that of the latency profile.
+    memory budgets. Where the losses rest on errors on N(0,1) alone, the palette is that of the latency profile without
+    `int`, whose weights are not rotated: N(0,1) says nothing of them.
 
     Args:
         out: the new profile's directory.
@@ -40,14 +42,15 @@ def combine(loss: Profile, latency: Profile, out: Path, *, sensitivities: Mappin
             part = _with_plain(part, role)
     gaussian = described.error == "gaussian"
     base = latency if gaussian else loss
-    quantizers = base.quantizers
-    labels = _matching_labels(latency, base)
+    kept = [label for label in base.labels if not (gaussian and base.spec(label).family is Family.INT)]
+    quantizers = base.quantizers[base.quantizers["quantizer"].isin(kept)].reset_index(drop=True)
+    labels = {there: label for there, label in _matching_labels(latency, base).items() if label in kept}
     rows = latency.latency[latency.latency["quantizer"].isin(list(labels))]
     rows = rows[[set(pattern.split("+")) <= set(layers["role"]) for pattern in rows["pattern"]]]
     if rows.empty:
         raise ProfileError("the two profiles have no quantizer in common; measure latencies of the same palette.")
     rows = rows.assign(quantizer=rows["quantizer"].map(labels))
-    errors = _errors(loss, base, layers, sizes_of_all=gaussian)
+    errors = _errors(loss, base, layers, kept, sizes_of_all=gaussian)
     there = latency.manifest.model
     known = ["model_type", "hidden_size", "total_parameters"]
     if set(layers["role"]) == set(latency.layers["role"]):  # else what stays as it is differs
@@ -139,14 +142,16 @@ def _matching_labels(latency: Profile, base: Profile) -> dict[str, str]:
     return {label: own[latency.spec(label)] for label in latency.labels if latency.spec(label) in own}
 
 
-def _errors(loss: Profile, base: Profile, layers: pd.DataFrame, *, sizes_of_all: bool) -> pd.DataFrame:
+def _errors(
+    loss: Profile, base: Profile, layers: pd.DataFrame, labels: Sequence[str], *, sizes_of_all: bool
+) -> pd.DataFrame:
     """errors.csv of the joined profile: exact sizes of every pair whose error is that on N(0,1)."""
     gaussian = dict(zip(base.labels, base.quantizers["gaussian_error"].to_numpy(np.float64).tolist(), strict=True))
     own = layers if sizes_of_all else layers[~layers["layer"].isin(loss.layers["layer"])]
     rows = [
         (layer, label, gaussian[label], base.spec(label).size_bytes(int(out_features), int(in_features)))
         for layer, out_features, in_features in own[["layer", "out_features", "in_features"]].itertuples(index=False)
-        for label in base.labels
+        for label in labels
     ]
     made = pd.DataFrame(rows, columns=["layer", "quantizer", "error", "size_bytes"])
     if sizes_of_all or loss.errors is None:

@@ -243,10 +243,10 @@ _UNIT_CYCLES = 40
 """To decode a unit: its 32 lookups, and the loads of its codes."""
 _TOKEN_CYCLES = 2
 """To load a token's fragments, once for all rows of a step."""
-_CONFLICTS = {32: 1.0, 16: 1.15, 8: 1.4, 4: 1.7, 1: 2.0}
+_CONFLICTS = {32: 1.0, 16: 1.27, 8: 1.5, 4: 1.8, 1: 2.1}
 """What `_UNIT_CYCLES` grow by with fewer copies of the table."""
-_ONE_ROW = {"table of bytes": 1.12, "signed": 1.03, "smaller": 0.96}
-"""And where a warp has one row at a time; a trellis code's table has all copies and both signs, or is smaller."""
+_ONE_ROW = {"bytes": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95}
+"""And where a warp has one row at a time, by the table."""
 _UNSIGNED = 1.15
 """And where signs are set by an instruction of their own."""
 _FIRST_STEP_UNITS = 0.8
@@ -265,8 +265,8 @@ def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning
     units = rounds * tuning.rows * _most_units(division.units, division.warps, tuning.row_groups)
     unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas]
     if tuning.rows == 1:
-        whole = tuning.signed and tuning.replicas == max(_CONFLICTS)
-        unit *= _ONE_ROW["table of bytes" if not spec.has_trellis else "signed" if whole else "smaller"]
+        trellis = "trellis" if _CONFLICTS[tuning.replicas] == 1 else "trellis, with conflicts"
+        unit *= _ONE_ROW[trellis if spec.has_trellis else "bytes"]
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED
     unit += _TOKEN_CYCLES * _tokens(batch) / tuning.rows

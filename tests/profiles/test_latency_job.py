@@ -225,7 +225,7 @@ def test_a_sensitivity_can_be_given_for_the_head(tiny_llama, latency, tmp_path):
         combine(loss, latency, tmp_path / "x", sensitivities={"model.layers.0.mlp.up_proj": 1.0})
 
 
-def test_losses_that_rest_on_gaussian_errors_take_the_palette_of_the_gpu(tiny_llama, latency, tmp_path):
+def test_losses_that_rest_on_gaussian_errors_take_the_palette_of_the_gpu_without_int(tiny_llama, latency, tmp_path):
     measured = losses(tiny_llama, tmp_path / "loss")
     part = measured.loss.model_copy(update={"error": "gaussian"})
     quantizers = measured.quantizers.assign(gaussian_error=0.5)
@@ -233,9 +233,10 @@ def test_losses_that_rest_on_gaussian_errors_take_the_palette_of_the_gpu(tiny_ll
         tmp_path / "gaussian", measured.manifest.model_copy(update={"loss": part}), measured.layers, quantizers
     )
     profile = combine(loss, latency, tmp_path / "joined")
-    assert profile.labels == latency.labels
-    gaussian = latency.quantizers["gaussian_error"].to_numpy()
-    assert np.array_equal(profile.error_matrix, np.tile(gaussian, (len(profile.layers), 1)))
+    rotated = latency.quantizers[latency.quantizers["family"] != "int"]
+    assert list(profile.labels) == rotated["quantizer"].tolist() and len(rotated) == len(latency.labels) - 1
+    assert set(profile.latency["quantizer"]) == set(profile.labels)
+    assert np.array_equal(profile.error_matrix, np.tile(rotated["gaussian_error"], (len(profile.layers), 1)))
     for layer, sizes in zip(profile.layers.itertuples(), profile.size_matrix, strict=True):
         for label, size in zip(profile.labels, sizes, strict=True):
             assert size == profile.spec(label).size_bytes(layer.out_features, layer.in_features)

@@ -104,26 +104,36 @@ __device__ __forceinline__ void store_shared(u32 offset, u32 word) {
     asm volatile("st.shared.b32 [%0 + %1], %2;" ::"r"(offset), "n"(SHARED_BASE), "r"(word) : "memory");
 }
 
+// Lines of the second-level cache that the next ones may take the place of: what is read once must not drive out
+// codebooks, machine code and keys, which the next kernels want.
+__device__ __forceinline__ u64 first_to_evict() {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
 // Words of global memory that are read once, where `active`; elsewhere the old contents stay.
 __device__ __forceinline__ void load_once_if(Words4& words, const void* pointer, bool active) {
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0; "
+        "@p ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 {%0, %1, %2, %3}, [%4], %6; }"
         : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w)
-        : "l"(pointer), "r"(static_cast<u32>(active)));
+        : "l"(pointer), "r"(static_cast<u32>(active)), "l"(first_to_evict()));
 }
 
 __device__ __forceinline__ void load_once_if(Words2& words, const void* pointer, bool active) {
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2]; }"
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0; "
+        "@p ld.global.nc.L1::no_allocate.L2::cache_hint.v2.b32 {%0, %1}, [%2], %4; }"
         : "+r"(words.x), "+r"(words.y)
-        : "l"(pointer), "r"(static_cast<u32>(active)));
+        : "l"(pointer), "r"(static_cast<u32>(active)), "l"(first_to_evict()));
 }
 
 __device__ __forceinline__ void load_once_if(u32& word, const void* pointer, bool active) {
     asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.L1::no_allocate.b32 %0, [%1]; }"
+        "{ .reg .pred p; setp.ne.b32 p, %2, 0; @p ld.global.nc.L1::no_allocate.L2::cache_hint.b32 %0, [%1], %3; }"
         : "+r"(word)
-        : "l"(pointer), "r"(static_cast<u32>(active)));
+        : "l"(pointer), "r"(static_cast<u32>(active)), "l"(first_to_evict()));
 }
 
 // The low 32 bits of high:low >> shift, 0 <= shift < 32.

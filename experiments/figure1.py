@@ -137,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--profile", type=Path, required=True, help="that the plans were made from")
     parser.add_argument("--out", type=Path, required=True, help="CSV; the chart goes beside it as SVG")
     chosen = parser.parse_args(arguments)
-    decode = pd.concat([pd.read_csv(path) for path in chosen.decode], ignore_index=True)
+    decode = pd.concat([pd.read_csv(path, dtype={"commit": str}) for path in chosen.decode], ignore_index=True)
     table, runs = figure_table(chosen.plans, decode, chosen.profile)
     table.to_csv(chosen.out, index=False, lineterminator="\n")
     draw(table, runs[_MIXED].plan, chosen.out.with_suffix(".svg"))

@@ -243,7 +243,7 @@ _UNIT_CYCLES = 40
 """To decode a unit: its 32 lookups, and the loads of its codes."""
 _TOKEN_CYCLES = 2
 """To load a token's fragments, once for all rows of a step."""
-_CONFLICTS = {32: 1.0, 16: 1.27, 8: 1.5, 4: 1.8, 1: 2.1}
+_CONFLICTS = {32: 1.0, 16: 1.19, 8: 1.5, 4: 1.8, 1: 2.1}
 """What `_UNIT_CYCLES` grow by with fewer copies of the table."""
 _ONE_ROW = {"bytes": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95}
 """And where a warp has one row at a time, by the table."""

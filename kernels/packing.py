@@ -28,15 +28,19 @@ from .specs import PAIRS_PER_TILE, TILE
 
 
 @cache
-def _pair_positions() -> tuple[Tensor, Tensor]:
-    """``order``: flat position in a row-major tile of each weight in pair order, ``(256,)``; and its inverse."""
+@torch.inference_mode(False)  # whoever asks first, gradients may need it later
+def _pair_positions(device: torch.device) -> tuple[Tensor, Tensor]:
+    """``order``: flat position in a row-major tile of each weight in pair order, ``(256,)``; and its inverse.
+
+    Kept for each device: nothing can be copied there while a CUDA graph is captured.
+    """
     pair = torch.arange(PAIRS_PER_TILE)
     lane, j = pair // 4, pair % 4
     row = lane // 4 + 8 * (j % 2)
     column = 2 * (lane % 4) + 8 * (j // 2)
     first = row * TILE + column
     order = torch.stack([first, first + 1], dim=1).flatten()
-    return order, torch.argsort(order)
+    return order.to(device), torch.argsort(order).to(device)
 
 
 def to_pairs(weight: Tensor) -> Tensor:
@@ -44,14 +48,14 @@ def to_pairs(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     padded = F.pad(weight, (0, -columns % TILE, 0, -rows % TILE))
     tiles = padded.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).transpose(1, 2).flatten(2)
-    order = _pair_positions()[0].to(weight.device)
+    order = _pair_positions(weight.device)[0]
     pairs: Tensor = tiles[..., order].unflatten(2, (PAIRS_PER_TILE, 2))
     return pairs
 
 
 def from_pairs(pairs: Tensor, out_features: int, in_features: int) -> Tensor:
     """Inverse of `to_pairs`: ``(row_tiles, column_tiles, 128, 2)`` -> ``(out_features, in_features)``."""
-    inverse = _pair_positions()[1].to(pairs.device)
+    inverse = _pair_positions(pairs.device)[1]
     tiles = pairs.flatten(2)[..., inverse].unflatten(2, (TILE, TILE))
     weight: Tensor = tiles.transpose(1, 2).flatten(2, 3).flatten(0, 1)[:out_features, :in_features]
     return weight

@@ -172,6 +172,13 @@ def hadamard_matrix(order: int) -> Tensor:
     return (torch.kron(border, plus) + torch.kron(torch.eye(q + 1, dtype=torch.float64), minus)) / math.sqrt(order)
 
 
+@cache
+@torch.inference_mode(False)  # whoever asks first, gradients may need it later
+def _matrix_on(device: torch.device, dtype: torch.dtype, order: int) -> Tensor:
+    """`hadamard_matrix` on a device, kept: nothing can be copied there while a CUDA graph is captured."""
+    return hadamard_matrix(order).to(device=device, dtype=dtype)
+
+
 def apply_hadamard(x: Tensor, plan: HadamardPlan, *, inverse: bool = False) -> Tensor:
     """Multiply the last dimension by the plan's matrix from the right: ``x @ H``, or ``x @ H.T``.
 
@@ -184,6 +191,6 @@ def apply_hadamard(x: Tensor, plan: HadamardPlan, *, inverse: bool = False) -> T
     shape = x.shape
     blocks = x.reshape(-1, *plan.factors)
     for axis, order in enumerate(plan.factors, start=1):
-        matrix = hadamard_matrix(order).to(device=x.device, dtype=x.dtype)
+        matrix = _matrix_on(x.device, x.dtype, order)
         blocks = torch.tensordot(blocks, matrix.T if inverse else matrix, dims=([axis], [0])).movedim(-1, axis)
     return blocks.reshape(shape)

@@ -43,17 +43,24 @@ def rotation_signs(size: int, seed: int) -> Tensor:
     return torch.from_numpy(1.0 - 2.0 * (z >> np.uint64(63)).astype(np.float32))
 
 
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _signs_on(device: torch.device, size: int, seed: int) -> Tensor:
+    """`rotation_signs` on a device, kept: nothing can be copied there while a CUDA graph is captured."""
+    return rotation_signs(size, seed).to(device)
+
+
 def rotate(x: Tensor, seed: int) -> Tensor:
     """``x diag(s) H`` along the last dimension, in float32; any leading shape."""
     size = x.shape[-1]
-    return apply_hadamard(x.float() * rotation_signs(size, seed).to(x.device), hadamard_plan(size))
+    return apply_hadamard(x.float() * _signs_on(x.device, size, seed), hadamard_plan(size))
 
 
 def unrotate(x: Tensor, seed: int) -> Tensor:
     """Inverse of `rotate`."""
     size = x.shape[-1]
     turned = apply_hadamard(x.float(), hadamard_plan(size), inverse=True)
-    return turned * rotation_signs(size, seed).to(x.device)
+    return turned * _signs_on(x.device, size, seed)
 
 
 def rotation_note(size: int) -> str | None:

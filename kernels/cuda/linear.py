@@ -140,6 +140,12 @@ class KernelLinear(nn.Module):
             _workspaces[device] = new_workspace(words, device)
         return _workspaces[device]
 
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """Loading writes into buffers: not into a codebook that other modules share."""
+        self.codebook = self.codebook.clone()
+        super()._load_from_state_dict(*args, **options)
+        self.codebook = shared_codebook(self.codebook)
+
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
         """What every move between devices comes through: buffers move, what modules share is that of the new device."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -92,3 +92,14 @@ def test_the_workspace_suits_every_batch_and_is_found_quickly():
     begun = time.perf_counter()
     words = _workspace_words(QuantizerSpec(Family.TCQ, 3.0, 16), 4096, 14336, Limits(132, 227 << 10))
     assert 0 <= words < 1 << 22 and time.perf_counter() - begun < 2
+
+
+def test_equal_codebooks_are_one_tensor_that_loading_leaves_alone():
+    weight = quantize(torch.randn(32, 96), SPECS[1], rotation_seed=9)
+    first, second = KernelLinear(weight), KernelLinear(weight)
+    assert first.codebook.data_ptr() == second.codebook.data_ptr()
+    expected = first.codebook.clone()
+    second.load_state_dict(second.state_dict() | {"codebook": 2 * expected})
+    assert torch.equal(first.codebook, expected) and torch.equal(second.codebook, 2 * expected)
+    second.load_state_dict(first.state_dict())
+    assert first.codebook.data_ptr() == second.codebook.data_ptr()

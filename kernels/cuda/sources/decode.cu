@@ -2,7 +2,8 @@
 //
 // A block takes one of SPLITS chunks of the input dimension (the grid is a multiple of SPLITS) and a range of rows of
 // tiles. Its warps form ROW_GROUPS groups, which take ROWS rows of tiles in turn; the warps of a group share the chunk's
-// columns. They meet only at the end: a warp leaves the sums of each row of tiles in a slot of shared memory, and these
+// columns. A warp brings the tokens of its own columns, those of group 0 do for all groups. Warps meet once for the table and
+// at the end: a warp leaves the sums of each row of tiles in a slot of shared memory, and these
 // are added up in the order of the warps. With several chunks, the block of the last one adds the others' sums in the
 // order of the chunks; they pass through `workspace`, whose words are EMPTY before and after every launch, so that a
 // sum's arrival needs no flag. That block has the highest index, so those it waits for are running or done. Every sum
@@ -11,8 +12,8 @@
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
 // Macros: FAMILY, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
-// ROWS, ROW_GROUPS, STEPS_AT_START (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor must have registers),
-// TOKENS (1, 2, 4, 8 or 16), BFLOAT.
+// ROWS, ROW_GROUPS, STEPS_AT_START (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
+// must have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT.
 #include "stream.cuh"
 #include "tokens.cuh"
 
@@ -30,7 +31,8 @@ constexpr int SLOTS = WARPS / ROW_GROUPS;  // of a row of tiles: one for each wa
 constexpr int SECOND_WIDTH = WIDTH_HIGH ? WIDTH_HIGH : WIDTH_LOW;
 using High = Choose<SECOND_WIDTH>::Decoder;
 
-// Offsets in shared memory; after the factors come the slots of sums, the scales and biases of the block's rows, the tokens.
+// Offsets in shared memory, in bytes as everywhere here; after the factors come the slots of sums, the scales and biases of
+// the block's rows, the tokens.
 constexpr int FACTOR_OFFSET = Low::TABLE_BYTES;
 constexpr int SUMS_OFFSET = (FACTOR_OFFSET + WARPS * TOKENS * 4 + 15) & ~15;
 constexpr int ROW_SUMS = SLOTS * TILE_SUMS * 4;  // bytes of the slots of a row of tiles
@@ -39,8 +41,7 @@ constexpr int ROW_BYTES = 2 * 16;                // of the scales, or the biases
 using Sums = float[TOKEN_TILES][2][4];       // two chains, so that a multiplication needn't wait for the one before
 using Fragments = Words4[TOKEN_TILES][2];  // of the tokens, for the 4 multiplications of a block
 
-// Those of block BLOCK of a unit; tokens: of the unit's first column, at this lane's place. Offsets of shared memory count
-// bytes, as everywhere here.
+// Those of block BLOCK of a unit; tokens: of the unit's first column, at this lane's place.
 template <int BLOCK>
 __device__ __forceinline__ void load_fragments(Fragments& fragments, u32 tokens, u32 token_stride, int batch) {
     // Lanes of absent tokens get anything: it meets only sums that nobody reads. Of one condition for both loads the

@@ -3,15 +3,14 @@
 // A *unit* is 16 rows x 128 columns of a weight: 8 tiles, or 2 *blocks* of 4 tiles. Lane 4 * g + t of a warp owns, in
 // each block, the codes of pairs 16 g .. 16 g + 15 of tile t: 16 * WIDTH consecutive bits of that tile's stream, rows g
 // and g + 8, all 16 columns. The two blocks' bits follow one another in the lane's WIDTH words, unless these are byte
-// planes (ByteDecoder). Pair 4 m + j (j = 0..3)
-// of a block becomes register j of the A operand of the block's m-th mma.m16n8k16, whose k slots 2t, 2t+1, 2t+8, 2t+9
-// then stand for columns 2m, 2m+1, 2m+8, 2m+9 of tile t.
+// planes (ByteDecoder) or half planes (IntegerDecoder). Pair 4 m + j is columns 2m and 2m + 1 of tile t, 8 further where
+// j >= 2, of row g, or g + 8 where j is odd.
 //
 // Words of a unit in memory, for all lanes: WIDTH / 4 pieces of 16 bytes a lane, then 8 bytes a lane if WIDTH & 2, then
 // 4 if WIDTH & 1: 128 * WIDTH bytes, every access aligned and without bank conflicts.
 //
-// Tables, made of the codebook in global memory (TableFilling), lie at the start of shared memory with REPLICAS copies of every
-// 4-byte entry side by side. With 32 of them each lane reads its own bank, so a lookup is one wavefront whatever the
+// Tables, made of the codebook in global memory (TableFilling), lie at the start of shared memory with REPLICAS copies of
+// every 4-byte entry side by side. With 32 of them each lane reads its own bank, so a lookup is one wavefront whatever the
 // codes; with fewer, lanes that share a copy may collide.
 #pragma once
 

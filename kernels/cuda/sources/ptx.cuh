@@ -1,7 +1,7 @@
 // Own integer types and the PTX instructions that the kernels use, one function each.
 //
-// Nothing here includes a CUDA header, so NVRTC compiles it on a machine without them. Addresses of shared memory are
-// 32-bit offsets as PTX wants them (`shared_address`). Instructions newer than sm_80 say so.
+// Nothing here includes a CUDA header, so NVRTC compiles it on a machine without them. Shared memory is addressed by bytes
+// from the beginning of dynamic shared memory. Instructions newer than sm_80 say so.
 #pragma once
 
 typedef unsigned char u8;
@@ -23,10 +23,6 @@ typedef unsigned long long u64;
 struct __align__(16) Words4 { u32 x, y, z, w; };
 struct __align__(8) Words2 { u32 x, y; };
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
 __device__ __forceinline__ int lane_index() { return threadIdx.x & 31; }
 
 // Ends the kernel with an error, which the host sees at its next synchronisation.
@@ -43,7 +39,7 @@ constexpr u32 SHARED_BASE = 0;
 
 // Stops the kernel, with an error at the next synchronisation, should an architecture lay shared memory out otherwise.
 __device__ __forceinline__ void check_shared_base(const void* dynamic_shared) {
-    if (shared_address(dynamic_shared) != SHARED_BASE) stop_kernel();
+    if (static_cast<u32>(__cvta_generic_to_shared(dynamic_shared)) != SHARED_BASE) stop_kernel();
 }
 
 // The word `offset` bytes into dynamic shared memory.

@@ -26,7 +26,7 @@ inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {
 
-enum State { RUNNING, AT_BARRIER, AT_SMALL_BARRIER, AT_EXCHANGE, DONE };
+enum State { RUNNING, AT_BARRIER, AT_EXCHANGE, DONE };
 constexpr size_t STACK_BYTES = 256 << 10;
 
 struct Fiber {
@@ -49,13 +49,6 @@ inline void yield(State state) {
 }
 
 inline void barrier() { yield(AT_BARRIER); }
-
-// The first `small_size` threads that come (a barrier of some of a block's warps).
-inline unsigned small_size;
-inline void small_barrier(unsigned threads) {
-    small_size = threads;
-    yield(AT_SMALL_BARRIER);
-}
 
 // Leaves words for the warp; afterwards `received(lane)` gives those of each lane.
 inline int exchange(std::initializer_list<unsigned> words) {
@@ -110,13 +103,6 @@ inline void run_block(unsigned threads) {
         }
         for (unsigned warp = 0; warp < threads; warp += 32)
             if (all_in(AT_EXCHANGE, warp, warp + 32)) release(warp, warp + 32), moved = true;
-        unsigned waiting = 0;
-        for (unsigned t = 0; t < threads; ++t) waiting += fibers[t].state == AT_SMALL_BARRIER;
-        if (waiting && waiting == small_size) {
-            for (unsigned t = 0; t < threads; ++t)
-                if (fibers[t].state == AT_SMALL_BARRIER) release(t, t + 1);
-            moved = true;
-        }
         if (all_in(AT_BARRIER, 0, threads)) release(0, threads), moved = true;
         if (!moved) {
             std::fprintf(stderr, "block %u: not all threads reach the same barrier or exchange\n", blockIdx.x);

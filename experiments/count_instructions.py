@@ -30,6 +30,7 @@ import torch
 from ..kernels.cuda.jit import compile_cubin
 from ..kernels.cuda.tuning import Limits, launch_for, tune
 from ..kernels.specs import QuantizerSpec, default_palette
+from .records import checkout_commit
 
 _LIMITS = Limits(132, 227 << 10)
 _PAIRS_PER_MULTIPLICATION = 4  # of a lane
@@ -102,7 +103,12 @@ def count(spec: QuantizerSpec, arch: str, nvdisasm: str) -> dict[str, object]:
     row |= {"issued": round(len(body) / pairs, 2)}
     row |= {unit: round(units[unit] / pairs, 2) for unit in (*_UNITS, "other")}
     row["wavefronts"] = round(sum(wavefronts(*instruction) for instruction in body) / pairs, 2)
-    return row | {"replicas": tuning.replicas, "signed": int(tuning.signed), "code_bytes": len(code)}
+    return row | {
+        "replicas": tuning.replicas,
+        "signed": int(tuning.signed),
+        "code_bytes": len(code),
+        "commit": checkout_commit(),
+    }
 
 
 def main() -> None:

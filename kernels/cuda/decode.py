@@ -156,7 +156,8 @@ def multiply(
         out: ``(batch, out_features)`` contiguous, in the dtype of `x`; made anew where None.
         workspace: of `new_workspace`, at least `workspace_words`; kernels that may run at once must not share it.
         tuning: None for the best known.
-        programmatic: see `jit.Kernel.launch`.
+        programmatic: see `jit.Kernel.launch`. Units and codebook are read before the kernels ahead have ended: they
+            must have been written before a synchronisation.
 
     Raises:
         KernelError: shape, dtype, device or workspace does not fit.

@@ -22,7 +22,7 @@ def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source
         replicas //= 2
     macros = table_macros(spec, replicas, signed=False)
     macros |= {"WIDTH_LOW": pair_width(rate), "WARPS": _WARPS, "BFLOAT": FORMATS[dtype]}
-    return Source("dequantize.cu", "dequantize", macros), table_size(spec, replicas, signed=False) + spec.table_bytes
+    return Source("dequantize.cu", "dequantize", macros), table_size(spec, replicas, signed=False)
 
 
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float16, out: Tensor | None = None) -> Tensor:

@@ -28,7 +28,7 @@ def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source
     Args:
         dtype: that is written: fp16, bf16 or fp32.
     """
-    macros = table_macros(spec, 1, signed=False)  # one copy of the table: few lookups don't repay more
+    macros = table_macros(spec, 1, signed=False)  # one copy of the table, but for codes that are bytes: these bring 32
     macros |= {"WIDTH_LOW": pair_width(rate), "WARPS": _WARPS, "OUT": ROW_FORMATS[dtype]}
     return Source("lookup.cu", "look_up", macros), table_size(spec, 1, signed=False)
 

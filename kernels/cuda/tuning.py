@@ -240,13 +240,13 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 
 # Cycles of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
 _UNIT_CYCLES = 40
-"""To decode a unit: its 32 lookups, and the loads of its codes."""
+"""To decode a unit: its 32 pairs, and the loads of their codes."""
 _TOKEN_CYCLES = 2
 """To load a token's fragments, once for all rows of a step."""
 _CONFLICTS = {32: 1.0, 16: 1.19, 8: 1.5, 4: 1.8, 1: 2.1}
 """What `_UNIT_CYCLES` grow by with fewer copies of the table."""
-_ONE_ROW = {"bytes": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95}
-"""And where a warp has one row at a time, by the table."""
+_ONE_ROW = {"other": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95}
+"""And where a warp has one row at a time, by the kind of table."""
 _UNSIGNED = 1.15
 """And where signs are set by an instruction of their own."""
 _FIRST_STEP_UNITS = 0.8
@@ -266,7 +266,7 @@ def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning
     unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas]
     if tuning.rows == 1:
         trellis = "trellis" if _CONFLICTS[tuning.replicas] == 1 else "trellis, with conflicts"
-        unit *= _ONE_ROW[trellis if spec.has_trellis else "bytes"]
+        unit *= _ONE_ROW[trellis if spec.has_trellis else "other"]
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED
     unit += _TOKEN_CYCLES * _tokens(batch) / tuning.rows

@@ -310,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     }
     copy_wait();
     block_sync();
-    check_shared_base(shared);
+    check_shared_base(shared);  // late, where it costs nothing: a wrong base ends in an error all the same
     if constexpr ((WITHOUT & WITHOUT_ADDING) != 0) return;
     finish_rows(Output{y, workspace, row_scales, row_bias, bias != nullptr, row_tiles, batch}, chunk, first_tile, tiles);
 }

@@ -129,8 +129,6 @@ struct IntegerDecoder {
     static constexpr int SPARE = 16 - IN_WORD * BITS;        // bits of a half that none of them takes
     static constexpr u32 BOTH = 0x00010001;
 
-    static __device__ __forceinline__ Words2 entry(const u16*, int) { return Words2{}; }
-
     // The exponents of `levels`, in a register: an instruction takes one constant, and that is the mask.
     static __device__ __forceinline__ u32 lane_offset() { return hidden(0x6400 * BOTH); }
 
@@ -150,10 +148,14 @@ struct IntegerDecoder {
     // The I-th of a word's pairs; `swapped`: the word with the bytes of each half exchanged.
     template <int I>
     static __device__ __forceinline__ u32 pair_of(u32 word, u32 swapped, u32 exponents) {
-        constexpr int START = 1 + I * STEP, ELSEWHERE = (START + 8) % 16;
-        if constexpr (START + BITS <= 10) return levels<START>(word, exponents);
-        if constexpr (START + BITS > 10 && ELSEWHERE >= 1 && ELSEWHERE + BITS <= 10) return levels<ELSEWHERE>(swapped, exponents);
-        if constexpr (START + BITS > 10 && (ELSEWHERE < 1 || ELSEWHERE + BITS > 10)) return levels<1>(word >> (START - 1), exponents);
+        constexpr int START = 1 + I * STEP, SWAPPED = (START + 8) % 16;
+        if constexpr (START + BITS <= 10) {
+            return levels<START>(word, exponents);
+        } else if constexpr (SWAPPED >= 1 && SWAPPED + BITS <= 10) {
+            return levels<SWAPPED>(swapped, exponents);
+        } else {
+            return levels<1>(word >> (START - 1), exponents);
+        }
     }
 
     // The n-th bit of a half that lies in no code.

@@ -14,7 +14,7 @@ LIMITS = Limits(multiprocessors=84, shared_bytes=99 << 10)  # of a consumer card
 
 CASES = [
     ("int-4", 1, torch.float16, None),
-    ("int-8", 8, torch.bfloat16, Tuning(8, replicas=1, splits=2)),
+    ("int-8", 8, torch.bfloat16, Tuning(8, splits=2)),
     ("nuq-3", 1, torch.float16, None),
     ("nuq-7", 4, torch.bfloat16, None),
     ("vq-6", 16, torch.float16, None),

@@ -23,7 +23,10 @@ CASES = [
     ("int-5", (64, 256), 1, torch.float16, Tuning(4, rows=1, steps_at_start=2)),
     ("int-6", (48, 256), 1, torch.float16, Tuning(4)),
     ("int-8", (48, 256), 1, torch.float16, Tuning(4)),
-    ("int-7", (96, 160), 3, torch.bfloat16, Tuning(4, replicas=1, rows=1)),
+    ("int-7", (96, 160), 3, torch.bfloat16, Tuning(4, rows=1)),
+    ("int-5", (80, 416), 3, torch.bfloat16, Tuning(8, row_groups=4, rows=1, steps_at_start=2, splits=2)),
+    ("half-tcq-2.75", (176, 544), 11, torch.bfloat16, Tuning(8, replicas=4, row_groups=2, splits=2)),
+    ("half-tcq-3.25", (64, 96), 9, torch.bfloat16, Tuning(8, replicas=4, row_groups=2, splits=4, waves=2)),
     ("nuq-2", (144, 512), 1, torch.float16, Tuning(8, row_groups=2)),
     ("nuq-4", (80, 384), 4, torch.float16, Tuning(4, rows=1, row_groups=2)),
     ("nuq-6", (48, 256), 8, torch.bfloat16, Tuning(4, replicas=4, splits=3)),
@@ -39,7 +42,9 @@ CASES = [
 
 
 @needs_compiler
-@pytest.mark.parametrize(("label", "shape", "batch", "dtype", "tuning"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("label", "shape", "batch", "dtype", "tuning"), CASES, ids=[f"{case[0]}-{n}" for n, case in enumerate(CASES)]
+)
 def test_products_are_those_of_the_twin(label, shape, batch, dtype, tuning, tmp_path):
     spec, device = SPECS[label], torch.device("cpu")
     quantized = random_weight(spec, *shape, device)

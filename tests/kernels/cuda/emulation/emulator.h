@@ -23,6 +23,7 @@ struct Index {
     unsigned x = 0, y = 0, z = 0;
 };
 inline Index threadIdx, blockIdx, blockDim, gridDim;
+alignas(128) inline unsigned char dynamic_shared[228 << 10];
 
 namespace emulator {
 
@@ -84,6 +85,19 @@ inline void release(unsigned first, unsigned last) {
     for (unsigned t = first; t < last; ++t) fibers[t].state = RUNNING;
 }
 
+// Each lane up to its next barrier or exchange, and the exchange when all have come; false where none can go on. A warp
+// runs ahead of the others as far as it may, so that what it reads too early is not there yet.
+inline bool run_warp(unsigned warp) {
+    bool moved = false;
+    for (unsigned t = warp; t < warp + 32; ++t) {
+        if (fibers[t].state != RUNNING) continue;
+        current = t, threadIdx.x = t, moved = true;
+        swapcontext(&scheduler, &fibers[t].context);
+    }
+    if (all_in(AT_EXCHANGE, warp, warp + 32)) release(warp, warp + 32), moved = true;
+    return moved;
+}
+
 inline void run_block(unsigned threads) {
     for (unsigned t = 0; t < threads; ++t) {
         Fiber& fiber = fibers[t];
@@ -96,13 +110,9 @@ inline void run_block(unsigned threads) {
     }
     while (!all_in(DONE, 0, threads)) {
         bool moved = false;
-        for (unsigned t = 0; t < threads; ++t) {
-            if (fibers[t].state != RUNNING) continue;
-            current = t, threadIdx.x = t, moved = true;
-            swapcontext(&scheduler, &fibers[t].context);
+        for (unsigned warp = 0; warp < threads; warp += 32) {
+            while (run_warp(warp)) moved = true;
         }
-        for (unsigned warp = 0; warp < threads; warp += 32)
-            if (all_in(AT_EXCHANGE, warp, warp + 32)) release(warp, warp + 32), moved = true;
         if (all_in(AT_BARRIER, 0, threads)) release(0, threads), moved = true;
         if (!moved) {
             std::fprintf(stderr, "block %u: not all threads reach the same barrier or exchange\n", blockIdx.x);
@@ -116,7 +126,10 @@ void run(void (*kernel)(Args...), unsigned grid, unsigned block, void** args, st
     if (fibers.size() < block) fibers = std::vector<Fiber>(block);
     gridDim.x = grid, gridDim.y = 1, blockDim.x = block;
     body = [&] { kernel(*(Args*)args[N]...); };
-    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) run_block(block);
+    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
+        std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN: nothing is left of the block before
+        run_block(block);
+    }
 }
 
 template <class... Args>

@@ -54,8 +54,6 @@ inline void allow_next_kernel() {}
 using std::max;
 using std::min;
 
-alignas(128) inline u8 dynamic_shared[228 << 10];
-
 inline int lane_index() { return threadIdx.x & 31; }
 inline void stop_kernel() { std::abort(); }
 inline void check_shared_base(const void*) {}

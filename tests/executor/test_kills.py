@@ -1,4 +1,8 @@
-"""`kill -9` in the middle of profile and apply: the files in the end are those of an undisturbed run."""
+"""`kill -9` in the middle of profile and apply: the files in the end are those of an undisturbed run.
+
+One process is killed ten times a command. Of two workers, local or on Ray, one is killed in one run of each command;
+``MSQ_WORKER_KILLS=10 pytest tests/executor/test_kills.py -k two_workers`` makes that ten runs, each at another moment.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,18 @@ from msq.planner.budget import parse_budgets
 from msq.planner.executor.apply import apply_plan, work_directory
 from msq.planner.plan import save_plan
 from msq.planner.solve import find_plan
-from msq.profiles.engines import Engine
+from msq.profiles.engines import ENGINES, Engine
 from msq.profiles.job import RESULTS_DIR, ProfileSettings, run_profile
+from msq.profiles.jobs import JobList
 from msq.profiles.tables import load_profile
 
 KILLS = 10
+WORKER_KILLS = int(os.environ.get("MSQ_WORKER_KILLS", "1"))
+JOBS = 14
+LONGEST_WAIT_SECONDS = 0.3
+"""From a result to a kill: about a job's time."""
 SLOW = ProfileSettings(specs=(QuantizerSpec(Family.TCQ, 2, 14),), tokens=64, window=32, batch_sizes=())
-"""Some tenths of a second for each of the 14 layers: long enough to be killed in."""
+"""Some tenths of a second for each of the `JOBS` layers: long enough to be killed in."""
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -99,43 +108,51 @@ def test_a_checkpoint_killed_at_random_moments(tiny_llama, server, tmp_path):
     killed_again_and_again(server, 2, run="apply", model=tiny_llama, plan=tmp_path / "plan.yaml")
 
 
-def holders(leases: Path, count: int) -> list[int]:
-    """Processes that hold one of the first `count` leases, as the kernel tells."""
-    found = []
+def holders(leases: Path) -> dict[int, int]:
+    """Jobs that are leased, and the processes that hold the leases, as the kernel tells."""
+    found = {}
     with leases.open("r+b") as file:
-        for index in range(count):
+        for index in range(JOBS):
             asked = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, index, 1, 0)
             kind, _, _, _, pid = struct.unpack("hhqqi4x", fcntl.fcntl(file, fcntl.F_GETLK, asked))
             if kind != fcntl.F_UNLCK:
-                found.append(pid)
+                found[index] = pid
     return found
 
 
 @contextmanager
-def killer(results: Path, kills: int):
-    """Kill a worker that holds a lease on a job in `results`, so many times, with a result in between."""
-    killed: list[int] = []
+def killer(results: Path, chance: random.Random):
+    """Kill a worker in the middle of a job in `results`: so many results and seconds after the start, both random."""
+    jobs, leases = JobList(results, ()), results / "leases"
+    results_before, seconds = chance.randrange(JOBS - 2), chance.uniform(0, LONGEST_WAIT_SECONDS)
+    lost: set[int] = set()
     stop = threading.Event()
 
     def watch() -> None:
-        chance = random.Random(3)
-        seen = 0
-        while len(killed) < kills and not stop.is_set():
-            time.sleep(0.005)
-            done = len(list(results.glob("[0-9]*"))) if results.exists() else 0
-            if done > seen and (busy := holders(results / "leases", 14)):
-                killed.append(chance.choice(busy))
-                os.kill(killed[-1], signal.SIGKILL)
-                seen = done
+        due = None
+        while not lost and not stop.wait(0.005):
+            if not leases.exists() or len(done := jobs.done()) < results_before:
+                continue
+            busy = {index: pid for index, pid in holders(leases).items() if index not in done}
+            if not busy:
+                continue
+            due = due or time.monotonic() + seconds
+            if time.monotonic() < due and len(done) == results_before:  # else there might soon be nobody left to kill
+                continue
+            worker = chance.choice(sorted(busy.values()))
+            os.kill(worker, signal.SIGKILL)
+            while worker in holders(leases).values():
+                time.sleep(0.001)
+            lost.update({index for index, pid in busy.items() if pid == worker} - jobs.done())
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield killed
+        yield
     finally:
         stop.set()
         thread.join()
-    assert len(killed) == kills
+    assert lost, "no worker was killed in the middle of a job"
 
 
 @pytest.fixture(scope="module")
@@ -148,28 +165,27 @@ def undisturbed(tiny_llama, tmp_path_factory):
     return home, plan
 
 
-def test_two_processes_of_which_one_is_killed(tiny_llama, undisturbed, tmp_path):
-    home, plan = undisturbed
-    two = Engine(workers=2)
-    with killer(tmp_path / "profile" / RESULTS_DIR, kills=1):
-        run_profile(tiny_llama, tmp_path / "profile", SLOW, name="tiny", engine=two)
-    assert files(tmp_path / "profile") == files(home / "profile")
-    with killer(work_directory(tmp_path / "checkpoint") / RESULTS_DIR, kills=1):
-        apply_plan(tiny_llama, plan, tmp_path / "checkpoint", engine=two)
-    assert files(tmp_path / "checkpoint") == files(home / "checkpoint")
-
-
-def test_two_ray_workers_of_which_one_is_killed(tiny_llama, undisturbed, tmp_path):
+@pytest.fixture(scope="module", params=ENGINES)
+def two_workers(request):
+    """An engine of two workers."""
+    if request.param == "local":
+        yield Engine(workers=2)
+        return
     ray = pytest.importorskip("ray")
-    home, plan = undisturbed
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    two = Engine("ray", workers=2)
-    try:
-        with killer(tmp_path / "profile" / RESULTS_DIR, kills=1):
-            run_profile(tiny_llama, tmp_path / "profile", SLOW, name="tiny", engine=two)
-        with killer(work_directory(tmp_path / "checkpoint") / RESULTS_DIR, kills=1):
-            apply_plan(tiny_llama, plan, tmp_path / "checkpoint", engine=two)
-    finally:
-        ray.shutdown()
+    yield Engine("ray", workers=2)
+    ray.shutdown()
+
+
+@pytest.mark.parametrize("seed", range(WORKER_KILLS))
+def test_two_workers_of_which_one_is_killed(tiny_llama, undisturbed, two_workers, seed, tmp_path):
+    home, plan = undisturbed
+    chance = random.Random(seed)
+    with killer(tmp_path / "profile" / RESULTS_DIR, chance):
+        run_profile(tiny_llama, tmp_path / "profile", SLOW, name="tiny", engine=two_workers)
     assert files(tmp_path / "profile") == files(home / "profile")
+    work = work_directory(tmp_path / "checkpoint")
+    with killer(work / RESULTS_DIR, chance):
+        apply_plan(tiny_llama, plan, tmp_path / "checkpoint", engine=two_workers)
     assert files(tmp_path / "checkpoint") == files(home / "checkpoint")
+    assert not work.exists()

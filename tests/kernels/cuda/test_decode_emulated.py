@@ -46,6 +46,7 @@ CASES = [
     ("label", "shape", "batch", "dtype", "tuning"), CASES, ids=[f"{case[0]}-{n}" for n, case in enumerate(CASES)]
 )
 def test_products_are_those_of_the_twin(label, shape, batch, dtype, tuning, tmp_path):
+    torch.manual_seed(0)
     spec, device = SPECS[label], torch.device("cpu")
     quantized = random_weight(spec, *shape, device)
     launch = launch_for(spec, *shape, batch, dtype, LIMITS, tuning)
@@ -55,5 +56,6 @@ def test_products_are_those_of_the_twin(label, shape, batch, dtype, tuning, tmp_
     arguments = kernel_arguments(x, prepare(quantized), bias, y, workspace, launch)
     Emulated(launch.source, tmp_path / "host").launch(launch.grid, launch.block, arguments)
     expected = x.double() @ decode(quantized).double().T + bias.double()
-    assert float((y.double() - expected).norm() / expected.norm()) < LARGEST_ERROR
+    rounding = 2**-8 if dtype is torch.bfloat16 else 0  # of the result, for the few numbers that there are here
+    assert float((y.double() - expected).norm() / expected.norm()) < LARGEST_ERROR + rounding
     assert bool((workspace == -1).all())

@@ -39,7 +39,6 @@ from .kernel_sweep import H200, SHAPES, Case, cases, launch_of
 from .records import checkout_commit
 
 _POOL_BYTES = 640 << 20
-_ROWS_ARGUMENTS = (15, 16)  # rows of tiles of a block, and blocks that have one more
 READS = [
     (Source("read.cu", "read_direct", {"UNROLL": unroll, "READ_THREADS": threads}), blocks)
     for unroll, threads, blocks in ((8, 512, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 2))
@@ -139,10 +138,8 @@ def time_case(pool: Pool, case: Case) -> tuple[tuple[float, float], int]:
     workspace = new_workspace(launch.workspace_words, pool.device) if launch.workspace_words else None
     calls = []
     for weight in weights:
-        arguments = list(kernel_arguments(x, weight, None, out, workspace, launch))
-        if case.mode == "start":
-            for place in _ROWS_ARGUMENTS:
-                arguments[place] = 0
+        row_tiles = 0 if case.mode == "start" else None
+        arguments = kernel_arguments(x, weight, None, out, workspace, launch, row_tiles=row_tiles)
         calls.append(
             partial(
                 kernel.launch,

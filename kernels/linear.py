@@ -221,6 +221,17 @@ class ReferenceImplementation(Implementation):
         return QuantizedEmbedding(QuantizedLinear(weight), dtype)
 
 
+def _no_compiler_reason() -> str | None:
+    """None where kernels can be compiled, else one sentence that says why not."""
+    from .cuda.compiler import compiler_version
+
+    try:
+        compiler_version()
+    except KernelError as cause:
+        return str(cause)
+    return None
+
+
 class TensorCoreImplementation(Implementation):
     """Kernels that decode into the operands of tensor cores, for CUDA devices from sm_80 on."""
 
@@ -231,15 +242,11 @@ class TensorCoreImplementation(Implementation):
     ) -> str | None:
         if device.type != "cuda":
             return f"{self.name} kernels need a CUDA device; got '{device}'."
-        from .cuda.compiler import compiler_version
         from .cuda.decode import MAX_BATCH, unsupported_reason
 
-        try:
-            compiler_version()
-        except KernelError as cause:
-            return str(cause)
         # Above the decode kernels' batches the module dequantizes and multiplies, which any batch may.
-        return unsupported_reason(spec, out_features, in_features, min(batch_size, MAX_BATCH), device)
+        batch_size = min(batch_size, MAX_BATCH)
+        return _no_compiler_reason() or unsupported_reason(spec, out_features, in_features, batch_size, device)
 
     def linear(self, weight: QuantizedWeight, bias: Tensor | None = None) -> nn.Module:
         from .cuda.linear import KernelLinear
@@ -261,14 +268,9 @@ class LookupKernel(Lookup):
     def unsupported_reason(
         self, spec: QuantizerSpec, out_features: int, in_features: int, batch_size: int, device: torch.device
     ) -> str | None:
-        from .cuda.compiler import compiler_version
         from .cuda.decode import unsupported_weight_reason
 
-        try:
-            compiler_version()
-        except KernelError as cause:
-            return str(cause)
-        return unsupported_weight_reason(spec, out_features, in_features, device)
+        return _no_compiler_reason() or unsupported_weight_reason(spec, out_features, in_features, device)
 
     def embedding(self, weight: QuantizedWeight, dtype: torch.dtype) -> PackedEmbedding:
         return TensorCoreImplementation().embedding(weight, dtype)

@@ -111,11 +111,22 @@ def workspace_words(weight: PreparedWeight, batch: int, dtype: torch.dtype, tuni
 
 
 def kernel_arguments(
-    x: Tensor, weight: PreparedWeight, bias: Tensor | None, y: Tensor, workspace: Tensor | None, launch: Launch
+    x: Tensor,
+    weight: PreparedWeight,
+    bias: Tensor | None,
+    y: Tensor,
+    workspace: Tensor | None,
+    launch: Launch,
+    *,
+    row_tiles: int | None = None,
 ) -> tuple[Tensor | int | None, ...]:
-    """What the kernel is called with, in the order of its parameters."""
+    """What the kernel is called with, in the order of its parameters.
+
+    `row_tiles`: how many rows of tiles to multiply; None for all. With 0 a launch only starts and ends.
+    """
     high = weight.units[1] if len(weight.units) > 1 else None
-    columns, row_tiles = weight.segment_columns, weight.out_features // TILE
+    columns = weight.segment_columns
+    row_tiles = weight.out_features // TILE if row_tiles is None else row_tiles
     return (
         weight.units[0],
         high,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import KernelError
-from ..specs import TILE, Family, QuantizerSpec
+from ..specs import TILE, QuantizerSpec
 from .jit import Source, load
 from .layout import PreparedWeight, pair_width
 from .tuning import FORMATS, device_limits, table_macros, table_size
@@ -17,7 +17,7 @@ _BLOCKS_PER_MULTIPROCESSOR = 4
 
 def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source, int]:
     """The kernel of one segment, and its bytes of shared memory."""
-    replicas = 1 if spec.family is Family.INT else 32
+    replicas = 32
     while replicas > 1 and table_size(spec, replicas, signed=False) > 32 << 10:
         replicas //= 2
     macros = table_macros(spec, replicas, signed=False)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..errors import QuantizerError
 from ..hadamard import apply_hadamard, hadamard_plan
-from ..quantize import QuantizedWeight, decode_rows
+from ..quantize import decode_rows
 from . import hadamard, lookup
-from .layout import PreparedWeight, from_units
-from .ops import _SPEC, _WEIGHT, _check_rows, _flips, _spec, define
+from .layout import restore
+from .ops import _SPEC, _WEIGHT, _check_rows, _flips, _prepared, define
 from .rotation_plan import RotationTables
 
 
@@ -56,7 +56,7 @@ def _lookup_cuda(
     *spec: Any,
 ) -> Tensor:
     _check_tokens(tokens)
-    weight = PreparedWeight(_spec(codebook, *spec), scales.shape[0], in_features, tuple(units), scales, codebook)
+    weight = _prepared(units, scales, codebook, in_features, *spec)
     return lookup.lookup(tokens.flatten().contiguous(), weight, dtype).view(*tokens.shape, in_features)
 
 
@@ -70,12 +70,7 @@ def _lookup_cpu(
     *spec: Any,
 ) -> Tensor:
     _check_tokens(tokens)
-    found = _spec(codebook, *spec)
-    tiles = found.segment_tiles(in_features)
-    packed = tuple(from_units(part, count, found) for part, count in zip(units, tiles, strict=True))
-    return decode_rows(QuantizedWeight(found, scales.shape[0], in_features, None, packed, scales, codebook), tokens).to(
-        dtype
-    )
+    return decode_rows(restore(_prepared(units, scales, codebook, in_features, *spec)), tokens).to(dtype)
 
 
 def _lookup_fake(

@@ -169,3 +169,11 @@ def prepare(weight: QuantizedWeight) -> PreparedWeight:
         weight.scales.contiguous(),
         weight.codebook.contiguous(),
     )
+
+
+def restore(weight: PreparedWeight, rotation_seed: int | None = None) -> QuantizedWeight:
+    """Inverse of `prepare`; the seed of its rotation, which the kernels need not know, is the caller's to give."""
+    tiles = weight.spec.segment_tiles(weight.in_features)
+    packed = tuple(from_units(part, count, weight.spec) for part, count in zip(weight.units, tiles, strict=True))
+    shape = (weight.out_features, weight.in_features)
+    return QuantizedWeight(weight.spec, *shape, rotation_seed, packed, weight.scales, weight.codebook)

@@ -22,7 +22,7 @@ from ..quantize import QuantizedWeight
 from ..specs import QuantizerSpec, TrellisCode
 from . import ops
 from .decode import new_workspace
-from .layout import from_units, prepare
+from .layout import PreparedWeight, prepare, restore
 from .limits import Limits, device_index, device_limits
 from .rotation_plan import rotation_tables
 from .tuning import launch_for, tune
@@ -118,10 +118,9 @@ class KernelLinear(nn.Module):
     @property
     def weight(self) -> QuantizedWeight:
         """The packed layer in its stored layout."""
-        tiles = self.spec.segment_tiles(self.in_features)
-        packed = tuple(from_units(part, count, self.spec) for part, count in zip(self.units, tiles, strict=True))
         shape = (self.out_features, self.in_features)
-        return QuantizedWeight(self.spec, *shape, self.rotation_seed, packed, self.scales, self.codebook)
+        prepared = PreparedWeight(self.spec, *shape, tuple(self.units), self.scales, self.codebook)
+        return restore(prepared, self.rotation_seed)
 
     def extra_repr(self) -> str:
         return f"{self.spec.label}, in_features={self.in_features}, out_features={self.out_features}"

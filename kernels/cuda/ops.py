@@ -28,11 +28,10 @@ from torch import Tensor
 
 from ..errors import QuantizerError
 from ..hadamard import apply_hadamard, hadamard_plan
-from ..quantize import QuantizedWeight
 from ..quantize import decode as decode_weight
 from ..specs import Family, QuantizerSpec
 from . import decode, dequantize, hadamard
-from .layout import PreparedWeight, from_units
+from .layout import PreparedWeight, restore
 from .rotation_plan import RotationTables, fuses_norm
 
 _library = torch.library.Library("msq", "DEF")
@@ -185,6 +184,13 @@ def _check_product(x: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         _check_like(bias, x, scales.shape, "a bias")
 
 
+def _prepared(
+    units: Sequence[Tensor], scales: Tensor, codebook: Tensor, in_features: int, *spec: Any
+) -> PreparedWeight:
+    """The weight that an operator's arguments are."""
+    return PreparedWeight(_spec(codebook, *spec), scales.shape[0], in_features, tuple(units), scales, codebook)
+
+
 def _multiply_cuda(
     x: Tensor,
     units: Sequence[Tensor],
@@ -196,7 +202,7 @@ def _multiply_cuda(
 ) -> Tensor:
     _check_product(x, scales, bias)
     rows = x.reshape(-1, x.shape[-1])
-    weight = PreparedWeight(_spec(codebook, *spec), scales.shape[0], x.shape[-1], tuple(units), scales, codebook)
+    weight = _prepared(units, scales, codebook, x.shape[-1], *spec)
     if not rows.shape[0]:
         y = rows.new_empty(0, scales.shape[0])
     elif decode.fits(weight, rows.shape[0]):
@@ -242,18 +248,13 @@ def _multiply_fake(
 def _dequantize_cuda(
     units: Sequence[Tensor], scales: Tensor, codebook: Tensor, in_features: int, dtype: torch.dtype, *spec: Any
 ) -> Tensor:
-    weight = PreparedWeight(_spec(codebook, *spec), scales.shape[0], in_features, tuple(units), scales, codebook)
-    return dequantize.dequantize(weight, dtype)
+    return dequantize.dequantize(_prepared(units, scales, codebook, in_features, *spec), dtype)
 
 
 def _dequantize_cpu(
     units: Sequence[Tensor], scales: Tensor, codebook: Tensor, in_features: int, dtype: torch.dtype, *spec: Any
 ) -> Tensor:
-    found = _spec(codebook, *spec)
-    tiles = found.segment_tiles(in_features)
-    packed = tuple(from_units(part, count, found) for part, count in zip(units, tiles, strict=True))
-    weight = QuantizedWeight(found, scales.shape[0], in_features, None, packed, scales, codebook)
-    return decode_weight(weight).to(dtype)
+    return decode_weight(restore(_prepared(units, scales, codebook, in_features, *spec))).to(dtype)
 
 
 def _dequantize_fake(

@@ -119,11 +119,27 @@ def tune_block(
     candidates = [changed_tensors(block, model.prefix, model.stored_dtype)]
     _descend(model, block, inputs, target)
     candidates.append(changed_tensors(block, model.prefix, model.stored_dtype))
-    before, after = (
+    losses = [
         _loss(model, quantized_copy(module, model.prefix, weights, tensors), inputs, target) for tensors in candidates
-    )
+    ]
+    return better(candidates, losses, f"the error of block {model.block}")
+
+
+def better(
+    candidates: Sequence[dict[str, Tensor]], losses: Sequence[float], what: str
+) -> tuple[dict[str, Tensor], Change]:
+    """What tuning gave, or what it began with where that lost no more.
+
+    Args:
+        candidates, losses: before and after tuning.
+        what: the losses are, for a message.
+
+    Raises:
+        CheckpointError: the loss before is not finite.
+    """
+    before, after = losses
     if not math.isfinite(before):
-        raise CheckpointError(f"the error of block {model.block} is {before}; expected a finite number.")
+        raise CheckpointError(f"{what} is {before}; expected a finite number.")
     improved = after < before
     return candidates[improved], Change(before, after if improved else before)
 

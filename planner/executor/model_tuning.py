@@ -24,7 +24,7 @@ from ...profiles.models import load_model
 from ...profiles.progress import progress
 from ...profiles.schema import HEAD
 from ...profiles.streaming import stored_dtype, tensor_files
-from .block_tuning import Change, Descent, changed_tensors, quantized_copy
+from .block_tuning import Change, Descent, better, changed_tensors, quantized_copy
 from .errors import CheckpointError
 
 EPOCHS = 4
@@ -78,13 +78,8 @@ def tune_model(
     _descend(original, tuned, windows, state, device)
     candidates.append(changed_tensors(tuned, "", stored))
     del tuned
-    before, after = (
-        _mean_kl(original, quantized_copy(original, "", weights, each), windows, device) for each in candidates
-    )
-    if not math.isfinite(before):
-        raise CheckpointError(f"the KL divergence of the quantized model is {before}; expected a finite number.")
-    improved = after < before
-    return candidates[improved], Change(before, after if improved else before)
+    losses = [_mean_kl(original, quantized_copy(original, "", weights, each), windows, device) for each in candidates]
+    return better(candidates, losses, "the KL divergence of the quantized model")
 
 
 def _descend(original: nn.Module, tuned: nn.Module, windows: Tensor, state: Path, device: torch.device) -> None:

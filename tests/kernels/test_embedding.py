@@ -9,21 +9,15 @@ from msq.kernels.embedding import QuantizedEmbedding
 from msq.kernels.errors import QuantizerError
 from msq.kernels.linear import IMPLEMENTATIONS, LOOKUPS
 from msq.kernels.quantize import decode, decode_rows, dequantize, quantize
-from msq.kernels.specs import Family, QuantizerSpec
 from torch.library import opcheck
 
-SPECS = [
-    QuantizerSpec(Family.INT, 4),
-    QuantizerSpec(Family.NUQ, 3),
-    QuantizerSpec(Family.VQ, 2.5),
-    QuantizerSpec(Family.TCQ, 2.5, 12),
-    QuantizerSpec(Family.HALF_TCQ, 2.75, 12),
-]
+from .families import FAMILIES
+
 VOCABULARY, WIDTH = 208, 96
 FEW, MANY = torch.tensor([[5, 207], [0, 16]]), torch.arange(VOCABULARY).flip(0)
 
 
-@pytest.fixture(params=SPECS, ids=lambda spec: spec.label)
+@pytest.fixture(params=FAMILIES, ids=lambda spec: spec.label)
 def weight(request):
     generator = torch.Generator().manual_seed(0)
     return quantize(torch.randn(VOCABULARY, WIDTH, generator=generator), request.param, rotation_seed=9)
@@ -77,7 +71,7 @@ def test_operators_keep_torchs_rules(weight):
 
 
 def test_lookups_say_where_they_run():
-    spec, cpu = SPECS[1], torch.device("cpu")
+    spec, cpu = FAMILIES[1], torch.device("cpu")
     assert LOOKUPS["reference"].unsupported_reason(spec, 50257, 100, 1, cpu) is None
     assert "need a CUDA device" in (LOOKUPS["lookup"].unsupported_reason(spec, 208, 96, 1, cpu) or "")
     weight = quantize(torch.randn(50, 100), spec, rotation_seed=0)  # nothing here fills its tiles

@@ -5,16 +5,10 @@ from msq.kernels.linear import FusedLinear, QuantizedLinear, stack
 from msq.kernels.quantize import dequantize, quantize
 from msq.kernels.specs import Family, QuantizerSpec
 
-SPECS = [
-    QuantizerSpec(Family.INT, 4),
-    QuantizerSpec(Family.NUQ, 3),
-    QuantizerSpec(Family.VQ, 2.5),
-    QuantizerSpec(Family.TCQ, 2.5, 12),
-    QuantizerSpec(Family.HALF_TCQ, 2.75, 12),
-]
+from .families import FAMILIES
 
 
-@pytest.fixture(params=SPECS, ids=lambda spec: spec.label)
+@pytest.fixture(params=FAMILIES, ids=lambda spec: spec.label)
 def weights(request):
     """Three quantized layers of one input."""
     generator = torch.Generator().manual_seed(0)

@@ -117,6 +117,17 @@ struct TableFilling {
     }
 };
 
+// The table of a block of THREADS threads, for kernels that have nothing to do meanwhile.
+template <typename Decoder, int THREADS>
+__device__ __forceinline__ void make_table(const u16* codebook) {
+    if constexpr (Decoder::ENTRIES > 0) {
+        TableFilling<Decoder, THREADS> filling;
+        filling.ask(codebook);
+        filling.store();
+    }
+    block_sync();
+}
+
 // int: the levels are the integers minus half of the largest code. No table: a word holds the codes of pairs in *half planes*
 // (layout.py), the two codes of a pair at the same bits of its halves. One instruction brings both into the fractions of two
 // fp16 numbers, 1024 + code * 2^p, one more makes the levels; both are exact for 1 <= p <= 10 - BITS.

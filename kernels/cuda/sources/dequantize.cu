@@ -40,12 +40,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(
     int out_stride) {
     DYNAMIC_SHARED(shared);
     check_shared_base(shared);
-    if constexpr (Decoder::ENTRIES > 0) {
-        TableFilling<Decoder, 32 * WARPS> filling;
-        filling.ask(codebook);
-        filling.store();
-    }
-    block_sync();
+    make_table<Decoder, 32 * WARPS>(codebook);
     u32 table_lane = Decoder::lane_offset();
     int row = lane_index() / 4, column = lane_index() % 4 * 16;
     int warp = blockIdx.x * WARPS + shuffle(threadIdx.x / 32, 0), warps = gridDim.x * WARPS;

@@ -41,12 +41,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) look_up(
     int units, int columns, int out_stride) {
     DYNAMIC_SHARED(shared);
     check_shared_base(shared);
-    if constexpr (Decoder::ENTRIES > 0) {
-        TableFilling<Decoder, 32 * WARPS> filling;
-        filling.ask(codebook);
-        filling.store();
-    }
-    block_sync();
+    make_table<Decoder, 32 * WARPS>(codebook);
     u32 table_lane = Decoder::lane_offset();
     int quarter = lane_index() / 4, tile = lane_index() % 4;
     int spans = (units + AT_ONCE - 1) / AT_ONCE;

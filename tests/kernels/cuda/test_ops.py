@@ -15,6 +15,8 @@ from msq.kernels.rotation import rotate
 from msq.kernels.specs import Family, QuantizerSpec
 from torch.library import opcheck
 
+from ..families import FAMILIES
+
 assert ops
 SEED, SIZE = 11, 96
 
@@ -69,11 +71,7 @@ def test_wrong_inputs_are_named(tables):
 
 
 SPECS = [
-    QuantizerSpec(Family.INT, 4),
-    QuantizerSpec(Family.NUQ, 3),
-    QuantizerSpec(Family.VQ, 2.5),
-    QuantizerSpec(Family.TCQ, 2.5, 12),
-    QuantizerSpec(Family.HALF_TCQ, 2.75, 12),
+    *FAMILIES,
     QuantizerSpec(Family.TCQ, 4, 12, 9),  # not the default table
     QuantizerSpec(Family.HALF_TCQ, 3.375, 12),
 ]

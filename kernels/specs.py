@@ -40,15 +40,17 @@ class Family(StrEnum):
 
 
 class TrellisCode(StrEnum):
-    """What a trellis state stands for; all but `HYB` run as reference only."""
+    """What a trellis state stands for; `MAD` and `HYB` have CUDA kernels, the others run as reference only."""
 
+    MAD = "mad"  # a pair: the bytes of one or two hashes, along four directions of the plane; the default
     HYB = "hyb"  # a pair from a hashed table, one sign from the hash
     ONE_MAD = "1mad"  # a weight: the sum of the bytes of a hash
     THREE_INST = "3inst"  # a weight: the sum of two fp16 numbers made of a hash
     LUT = "lut"  # a pair from a table of all states
 
 
-_CALCULATED = (TrellisCode.ONE_MAD, TrellisCode.THREE_INST)
+_SINGLE_WEIGHTS = (TrellisCode.ONE_MAD, TrellisCode.THREE_INST)
+_CALCULATED = (TrellisCode.MAD, *_SINGLE_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class QuantizerSpec:
         bits: bits per weight of the codes alone (scales and codebook come on top).
         state_bits: trellis state length L; 0 for families without a trellis.
         table_bits: the trellis table has ``2**table_bits`` points; 0 where there is none.
-        code: what a trellis state stands for.
+        code: what a trellis state stands for; None for hyb where `table_bits` is above 0, else mad. Families without a
+            trellis say hyb.
 
     Raises:
         QuantizerError: the family has no such rate, or trellis length, table or code does not fit it.
@@ -107,12 +110,15 @@ class QuantizerSpec:
     bits: float
     state_bits: int = 0
     table_bits: int = DEFAULT_TABLE
-    code: TrellisCode = TrellisCode.HYB
+    code: TrellisCode = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         family = Family(self.family)
         if self.bits not in _RATES[family]:
             raise QuantizerError(f"{family} comes in {_RATES[family]}; got {self.bits:g}.")
+        if self.code is None:
+            tabled = not self.has_trellis or self.table_bits > 0
+            object.__setattr__(self, "code", TrellisCode.HYB if tabled else TrellisCode.MAD)
         if self.has_trellis:
             if not 2 * self.rates[-1] < self.state_bits <= DEFAULT_STATE_BITS:
                 raise QuantizerError(
@@ -128,7 +134,7 @@ class QuantizerSpec:
         self._check_code(family)
 
     def _check_code(self, family: Family) -> None:
-        if self.code is not TrellisCode.HYB and family is not Family.TCQ:
+        if self.code not in (TrellisCode.MAD, TrellisCode.HYB) and family is not Family.TCQ:
             raise QuantizerError(f"the code {self.code} belongs to the family tcq; got {family}.")
         if self.pair_steps == 2 and self.bits not in _WHOLE_RATES:
             raise QuantizerError(f"the code {self.code} comes in {_WHOLE_RATES}; got {self.bits:g}.")
@@ -168,16 +174,16 @@ class QuantizerSpec:
     @property
     def pair_steps(self) -> int:
         """Trellis steps for each pair of weights."""
-        return 2 if self.code in _CALCULATED else 1
+        return 2 if self.code in _SINGLE_WEIGHTS else 1
 
     @property
     def label(self) -> str:
-        """The name people use: ``tcq-3.5``; what differs from the default says so: ``tcq-3.5-L12``, ``tcq-4-T9``."""
+        """The name people use: ``tcq-3.5``; what differs from the default says so: ``tcq-3-L12``, ``tcq-4-hyb-T9``."""
         return self.label_with(self.state_bits)
 
     def label_with(self, state_bits: int) -> str:
         """The label that this quantizer has with another trellis length, whether or not that length fits its rate."""
-        suffix = "" if self.code is TrellisCode.HYB else f"-{self.code}"
+        suffix = f"-{self.code}" if self.has_trellis and self.code is not TrellisCode.MAD else ""
         if self.has_trellis and state_bits != DEFAULT_STATE_BITS:
             suffix += f"-L{state_bits}"
         if self.table_bits != self._default_table_bits:
@@ -248,12 +254,14 @@ def default_palette(state_bits: int = DEFAULT_STATE_BITS) -> tuple[QuantizerSpec
 def every_quantizer(state_bits: int = DEFAULT_STATE_BITS) -> tuple[QuantizerSpec, ...]:
     """All that ship: the default palette, all rates of `half_tcq`, the other trellis codes and table sizes."""
     specs = [s for family, rates in _RATES.items() for s in _family_palette(family, rates, state_bits)]
-    for base in _family_palette(Family.TCQ, _RATES[Family.TCQ], state_bits):
+    hybrid = [replace(s, table_bits=DEFAULT_TABLE, code=TrellisCode.HYB) for s in specs if s.has_trellis]
+    specs += hybrid
+    for base in (s for s in hybrid if s.family is Family.TCQ):
         specs += [
             replace(base, table_bits=bits) for bits in SHIPPED_TABLE_BITS.get(base.bits, ()) if bits != base.table_bits
         ]
         if base.bits in _WHOLE_RATES:
-            specs += [replace(base, table_bits=0, code=code) for code in _CALCULATED]
+            specs += [replace(base, table_bits=0, code=code) for code in _SINGLE_WEIGHTS]
     return tuple(specs)
 
 

@@ -22,6 +22,7 @@ from .limits import device_index, device_limits
 from .tuning import FORMATS, Launch, Tuning, launch_for, tune
 
 MAX_BATCH = 16
+KERNEL_CODES = (TrellisCode.MAD, TrellisCode.HYB)
 _EMPTY_WORD = -1
 
 
@@ -53,8 +54,8 @@ def unsupported_weight_reason(
         return (
             f"the decode kernels need compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} is older."
         )
-    if spec.code is not TrellisCode.HYB:
-        return f"the decode kernels know the trellis code hyb; {spec.label} runs as reference."
+    if spec.code not in KERNEL_CODES:
+        return f"the decode kernels know the trellis codes {' and '.join(KERNEL_CODES)}; {spec.label} runs as reference."
     if out_features % TILE or in_features % (2 * TILE):
         return (
             f"the decode kernels take multiples of {TILE} outputs and {2 * TILE} inputs; "

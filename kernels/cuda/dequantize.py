@@ -8,8 +8,8 @@ from torch import Tensor
 from ..errors import KernelError
 from ..specs import TILE, QuantizerSpec
 from .jit import Source, load
-from .layout import PreparedWeight, pair_width
-from .tuning import FORMATS, device_limits, table_macros, table_size
+from .layout import PreparedWeight
+from .tuning import FORMATS, device_limits, decoder_macros, table_size
 
 _WARPS = 8
 _BLOCKS_PER_MULTIPROCESSOR = 4
@@ -20,8 +20,8 @@ def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source
     replicas = 32
     while replicas > 1 and table_size(spec, replicas, signed=False) > 32 << 10:
         replicas //= 2
-    macros = table_macros(spec, replicas, signed=False)
-    macros |= {"WIDTH_LOW": pair_width(rate), "WARPS": _WARPS, "BFLOAT": FORMATS[dtype]}
+    macros = decoder_macros(spec, [rate], replicas, signed=False)
+    macros |= {"WARPS": _WARPS, "BFLOAT": FORMATS[dtype]}
     return Source("dequantize.cu", "dequantize", macros), table_size(spec, replicas, signed=False)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ..errors import KernelError
 from ..quantize import QuantizedWeight
-from ..specs import QuantizerSpec, TrellisCode
+from ..specs import QuantizerSpec
 from . import ops
-from .decode import new_workspace
+from .decode import KERNEL_CODES, new_workspace
 from .layout import PreparedWeight, prepare, restore
 from .limits import Limits, device_index, device_limits
 from .rotation_plan import rotation_tables
@@ -57,10 +57,10 @@ class KernelLinear(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
-        if weight.spec.code is not TrellisCode.HYB:
+        if weight.spec.code not in KERNEL_CODES:
             raise KernelError(
-                f"expected a weight of the trellis code hyb, the one that the kernels know; got {weight.spec.label}: "
-                "use a QuantizedLinear, or quantize with hyb."
+                f"expected a weight of a trellis code that the kernels know ({' or '.join(KERNEL_CODES)}); "
+                f"got {weight.spec.label}: use a QuantizedLinear, or quantize with one of these."
             )
         self.spec = weight.spec
         self.out_features, self.in_features = weight.out_features, weight.in_features

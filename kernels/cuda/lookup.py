@@ -11,9 +11,9 @@ from ..errors import KernelError
 from ..specs import TILE, QuantizerSpec
 from .hadamard import ROW_FORMATS
 from .jit import Source, load
-from .layout import PreparedWeight, pair_width
+from .layout import PreparedWeight
 from .limits import device_limits
-from .tuning import table_macros, table_size
+from .tuning import decoder_macros, table_size
 
 _WARPS = 8
 _BLOCKS_PER_MULTIPROCESSOR = 4
@@ -28,8 +28,8 @@ def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source
     Args:
         dtype: that is written: fp16, bf16 or fp32.
     """
-    macros = table_macros(spec, 1, signed=False)  # one copy of the table, but for codes that are bytes: these bring 32
-    macros |= {"WIDTH_LOW": pair_width(rate), "WARPS": _WARPS, "OUT": ROW_FORMATS[dtype]}
+    macros = decoder_macros(spec, [rate], 1, signed=False)  # one copy of the table, but for codes that are bytes: these bring 32
+    macros |= {"WARPS": _WARPS, "OUT": ROW_FORMATS[dtype]}
     return Source("lookup.cu", "look_up", macros), table_size(spec, 1, signed=False)
 
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-from ..specs import TILE, Family, QuantizerSpec
+from ..mad import mad_code
+from ..specs import TILE, Family, QuantizerSpec, TrellisCode
 from .jit import Source
 from .layout import UNIT_COLUMNS, pair_width, plane_bits
 from .limits import RESERVED_BYTES, Limits, device_limits
 
-__all__ = ["FORMATS", "Launch", "Limits", "Tuning", "device_limits", "launch_for", "table_macros", "table_size", "tune"]
+__all__ = [
+    "FORMATS",
+    "Launch",
+    "Limits",
+    "Tuning",
+    "decoder_macros",
+    "device_limits",
+    "launch_for",
+    "table_size",
+    "tune",
+]
 
 FORMATS = {torch.float16: 0, torch.bfloat16: 1}
 _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.HALF_TCQ: 3}
+_MAD = 4
 _LARGEST_PAIR_TABLE = {Family.NUQ: 5}
 """Bits up to which pairs of weights are looked up; above, `nuq` looks up single weights."""
 
@@ -80,16 +94,27 @@ def _looks_up_pairs(spec: QuantizerSpec) -> bool:
     return spec.family is Family.VQ or spec.bits <= _LARGEST_PAIR_TABLE.get(spec.family, 0)
 
 
-def table_macros(spec: QuantizerSpec, replicas: int, signed: bool) -> dict[str, int]:
-    """Macros of ``decoders.cuh`` without the widths."""
-    return {
+def decoder_macros(spec: QuantizerSpec, rates: Sequence[float], replicas: int, signed: bool) -> dict[str, int | str]:
+    """Macros of ``decoders.cuh`` for one or two of the quantizer's rates."""
+    widths = [pair_width(rate) for rate in rates]
+    macros: dict[str, int | str] = {
         "FAMILY": _FAMILIES[spec.family],
         "STATE_BITS": spec.state_bits,
         "TABLE_BITS": max(spec.codebook_shape[0].bit_length() - 1, 0),
         "TABLE_OF_PAIRS": _looks_up_pairs(spec),
         "REPLICAS": replicas,
         "SIGNED_TABLE": signed and spec.has_trellis,
+        "WIDTH_LOW": widths[0],
     }
+    if spec.code is TrellisCode.MAD:
+        macros["FAMILY"] = _MAD
+        for segment, width in zip(("LOW", "HIGH"), widths, strict=False):
+            code = mad_code(width)
+            constants = itertools.chain.from_iterable(zip(code.multipliers, code.addends, strict=True))
+            macros[f"HASHES_{segment}"] = len(code.multipliers)
+            macros[f"GAIN_{segment}"] = int.from_bytes(struct.pack("<f", code.gain), "little")
+            macros[f"CONSTANTS_{segment}"] = ",".join(f"{constant}u" for constant in constants)
+    return macros
 
 
 def table_size(spec: QuantizerSpec, replicas: int, signed: bool) -> int:
@@ -129,6 +154,13 @@ def _tokens(batch: int) -> int:
     return 1 << (batch - 1).bit_length()
 
 
+def _digits(spec: QuantizerSpec, tokens: int) -> int:
+    """Numbers that stand for an activation: fp16, or the 8-bit digits that are multiplied by the bytes of hashes."""
+    if spec.code is not TrellisCode.MAD:
+        return 1
+    return 3 if tokens <= 2 else 2
+
+
 def _share_warps(units: tuple[int, ...], tuning: Tuning) -> tuple[int, ...] | None:
     """Warps for each segment, so that the busiest has least to do; None where there are too few."""
     if len(units) == 1:
@@ -159,7 +191,7 @@ def _divide(
     factors = tuning.warps * tokens * 4
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
     shared_bytes = table_bytes + factors + -factors % 16 + 4 * slots
-    shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * (sum(units) * UNIT_COLUMNS + 8)
+    shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * _digits(spec, tokens) * (sum(units) * UNIT_COLUMNS + 8)
     if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
         return None
     warps = _share_warps(units, tuning)
@@ -182,8 +214,7 @@ def launch_for(
     if division is None:
         return None
     tokens, widths = _tokens(batch), [pair_width(rate) for rate in spec.rates]
-    macros = table_macros(spec, tuning.replicas, tuning.signed) | {
-        "WIDTH_LOW": widths[0],
+    macros = decoder_macros(spec, spec.rates, tuning.replicas, tuning.signed) | {
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
         "ROWS": tuning.rows,
         "STEPS_AT_START": tuning.steps_at_start,
@@ -209,9 +240,10 @@ def launch_for(
 @cache
 def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
     """The tuning that should be fastest; None where none fits."""
-    signs = (True, False) if spec.has_trellis else (True,)
+    tabled = spec.code is TrellisCode.HYB
+    signs = (True, False) if spec.has_trellis and tabled else (True,)
     replicas: tuple[int, ...] = (32, 16, 8, 4, 1)
-    if spec.family is Family.INT or plane_bits(spec, pair_width(max(spec.rates))):
+    if spec.family is Family.INT or not tabled or plane_bits(spec, pair_width(max(spec.rates))):
         replicas = (32,)  # no table, or every lane has a copy of its own anyway
     shape = (spec, out_features, in_features, batch, limits)
     for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):

@@ -9,6 +9,8 @@ L = 16, s and 65535 - s have the same hash.
 the sum of its four bytes, or of two fp16 numbers made of its halves. A state stands for one weight. The values are
 scaled for each rate to least error on N(0,1) and rounded to fp16.
 
+MAD, the default, does the same for pairs: see `kernels.mad`. Its values are fp32, a small integer times a gain.
+
 LUT: a table of all states, pairs.
 """
 
@@ -19,6 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..mad import DIAGONAL, mad_code
 from ..specs import TrellisCode
 
 _ONE_MAD = (34038481, 76625530)
@@ -71,6 +74,18 @@ def _congruential(state_bits: int, multiplier: int, addend: int) -> Tensor:
 
 
 @cache
+def _mad_points(state_bits: int, width: int, device: torch.device) -> Tensor:
+    """``(2**state_bits, 2)`` float32."""
+    code = mad_code(width)
+    total = torch.zeros(1 << state_bits, 2, dtype=torch.float64)
+    for multiplier, addend in zip(code.multipliers, code.addends, strict=True):
+        hashed = _congruential(state_bits, multiplier, addend)
+        low, second, third, high = (((hashed >> 8 * i & 255) ^ 128) - 128 for i in range(4))
+        total += torch.stack([high + DIAGONAL * (third - low), second + DIAGONAL * (third + low)], dim=1)
+    return (total * code.gain).float().to(device)
+
+
+@cache
 def _calculated(code: TrellisCode, state_bits: int, bits: int, device: torch.device) -> Tensor:
     values = one_mad_values(state_bits) if code is TrellisCode.ONE_MAD else three_inst_values(state_bits)
     return (values * _SCALES.get((code, bits), 1.0)).half().float().unsqueeze(1).to(device)
@@ -90,22 +105,24 @@ def state_points(
     codebook: Tensor,
     state_bits: int,
     code: TrellisCode = TrellisCode.HYB,
-    bits: int = 0,
+    width: int = 0,
     device: torch.device | None = None,
 ) -> Tensor:
     """What every state stands for.
 
     Args:
         codebook: ``(entries, 2)``; ignored by the codes that calculate.
-        bits: bits per weight, for the codes that calculate.
+        width: bits of a pair, for the codes that calculate.
         device: of the result; None for that of `codebook`.
 
     Returns:
         ``(2**state_bits, 2)`` float32, or ``(2**state_bits, 1)`` for the codes of one weight; not to be changed.
     """
     device = device or codebook.device
+    if code is TrellisCode.MAD:
+        return _mad_points(state_bits, width, device)
     if code in (TrellisCode.ONE_MAD, TrellisCode.THREE_INST):
-        return _calculated(code, state_bits, bits, device)
+        return _calculated(code, state_bits, width // 2, device)
     index, sign = table_indices(code, state_bits, len(codebook), device)
     points = codebook.to(device).float()[index]
     points[:, 0] *= sign

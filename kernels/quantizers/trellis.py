@@ -32,7 +32,7 @@ class TrellisCoder(PairCoder):
 
     def points(self, codebook: Tensor, device: torch.device) -> Tensor:
         """What every state stands for: ``(2**state_bits, 2)``, or ``(2**state_bits, 1)`` where a step is one weight."""
-        return state_points(codebook, self.state_bits, self.code, self.width // 2, device)
+        return state_points(codebook, self.state_bits, self.code, self.width, device)
 
     def encode(self, pairs: Tensor, codebook: Tensor) -> Tensor:
         points = self.points(codebook, pairs.device)

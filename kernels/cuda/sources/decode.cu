@@ -1,4 +1,5 @@
-// y = x W^T for up to 16 tokens and a packed W: decoded on the fly into the A operand of mma.m16n8k16.
+// y = x W^T for up to 16 tokens and a packed W: decoded on the fly into the A operand of a tensor-core multiplication, of
+// fp16 weights, or of the bytes of hashes (MadDecoder) with the tokens as 8-bit digits.
 //
 // A block takes one of SPLITS chunks of the input dimension (the grid is a multiple of SPLITS) and a range of rows of
 // tiles. Its warps form ROW_GROUPS groups, which take ROWS rows of tiles in turn; the warps of a group share the chunk's
@@ -12,13 +13,16 @@
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
 // Macros: FAMILY, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
-// ROWS, ROW_GROUPS, STEPS_AT_START (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
+// HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH (of MadDecoder); ROWS, ROW_GROUPS, STEPS_AT_START (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
 // must have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT.
 #include "stream.cuh"
 #include "tokens.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int TOKEN_TILES = (TOKENS + 7) / 8;
+constexpr bool BYTES = FAMILY == MAD;
+constexpr int DIGITS = !BYTES ? 1 : TOKENS <= 2 ? 3 : 2;         // of a token,
+constexpr int TOKEN_COLUMNS = !BYTES ? 1 : TOKENS <= 2 ? 4 : 2;  // and columns that it takes of a multiplication
+constexpr int TOKEN_TILES = (TOKENS * TOKEN_COLUMNS + 7) / 8;
 constexpr int TOKEN_STRIDE = TOKENS == 1 ? 16 : 20;  // floats; 20 keeps the fragments' stores free of conflicts
 constexpr int TILE_SUMS = TOKENS * TOKEN_STRIDE;
 constexpr u32 EMPTY = 0xFFFFFFFF;  // a NaN that no sum has
@@ -38,7 +42,7 @@ constexpr int SUMS_OFFSET = (FACTOR_OFFSET + WARPS * TOKENS * 4 + 15) & ~15;
 constexpr int ROW_SUMS = SLOTS * TILE_SUMS * 4;  // bytes of the slots of a row of tiles
 constexpr int ROW_BYTES = 2 * 16;                // of the scales, or the biases, of a row of tiles
 
-using Sums = float[TOKEN_TILES][2][4];       // two chains, so that a multiplication needn't wait for the one before
+using Sums = Low::Sum[TOKEN_TILES][2][4];  // two chains, so that a multiplication needn't wait for the one before
 using Fragments = Words4[TOKEN_TILES][2];  // of the tokens, for the 4 multiplications of a block
 
 // Those of block BLOCK of a unit; tokens: of the unit's first column, at this lane's place.
@@ -46,7 +50,10 @@ template <int BLOCK>
 __device__ __forceinline__ void load_fragments(Fragments& fragments, u32 tokens, u32 token_stride, int batch) {
     // Lanes of absent tokens get anything: it meets only sums that nobody reads. Of one condition for both loads the
     // compiler would make a branch, and nothing moves across that.
-    bool front = TOKENS >= 8 || lane_index() < 4 * TOKENS, back = TOKENS >= 8 || lane_index() < 4 * batch;
+    constexpr bool FULL = TOKENS * DIGITS >= 8;
+    bool digit = TOKEN_COLUMNS == DIGITS || lane_index() % (4 * TOKEN_COLUMNS) < 4 * DIGITS;
+    bool front = FULL || (digit && lane_index() < 4 * TOKENS * TOKEN_COLUMNS);
+    bool back = FULL || (digit && lane_index() < 4 * batch * TOKEN_COLUMNS);
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
         u32 from = tokens + 8 * tile * token_stride;
@@ -55,43 +62,82 @@ __device__ __forceinline__ void load_fragments(Fragments& fragments, u32 tokens,
     }
 }
 
-__device__ __forceinline__ void multiply_block(
-    Sums& sums, const u32 (&weights)[BLOCK_PAIRS], const Fragments& fragments) {
+// Of part PART of a block, with words of BLOCK_PAIRS / PARTS pairs for each hash.
+template <int PARTS, int PART>
+__device__ __forceinline__ void multiply_part(Sums& sums, const u32 (&words)[BLOCK_PAIRS], const Fragments& fragments) {
+    static_assert(PARTS == 1 || PARTS == 2, "a half at least");
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
         // A multiplication's 16 columns are 8 neighbouring ones, so that the tokens' registers are neighbours too.
         const Words4 &front = fragments[tile][0], &back = fragments[tile][1];  // columns 0 .. 7 and 8 .. 15 of a tile
-        const u32* w = weights;
-        multiply_add(sums[tile][0], w[0], w[1], w[4], w[5], front.x, front.y);
-        multiply_add(sums[tile][1], w[8], w[9], w[12], w[13], front.z, front.w);
-        multiply_add(sums[tile][0], w[2], w[3], w[6], w[7], back.x, back.y);
-        multiply_add(sums[tile][1], w[10], w[11], w[14], w[15], back.z, back.w);
-    }
-}
-
-// Where in a slot a lane's first sum lies.
-__device__ __forceinline__ u32 first_sum() { return 4 * (lane_index() % 4 * 2 * TOKEN_STRIDE + lane_index() / 4); }
-
-// to: of the slot, at this lane's place. factors: of the warp's tokens, for bf16.
-__device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors) {
-    int token = lane_index() % 4 * 2;
-#pragma unroll
-    for (int tile = 0; tile < TOKEN_TILES; ++tile) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int further = 8 * tile + i % 2;
-            float sum = sums[tile][0][i] + sums[tile][1][i];
-            if (BFLOAT && token + further < TOKENS) sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
-            if (token + further < TOKENS) store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * (i / 2)), float_to_bits(sum));
+        const u32* w = words;
+        if constexpr (PARTS == 1) {
+            multiply_add(sums[tile][0], w[0], w[1], w[4], w[5], front.x, front.y);
+            multiply_add(sums[tile][1], w[8], w[9], w[12], w[13], front.z, front.w);
+            multiply_add(sums[tile][0], w[2], w[3], w[6], w[7], back.x, back.y);
+            multiply_add(sums[tile][1], w[10], w[11], w[14], w[15], back.z, back.w);
+        } else {
+            u32 front_low = PART == 0 ? front.x : front.z, front_high = PART == 0 ? front.y : front.w;
+            u32 back_low = PART == 0 ? back.x : back.z, back_high = PART == 0 ? back.y : back.w;
+            multiply_add(sums[tile][0], w[0], w[1], w[4], w[5], front_low, front_high);
+            multiply_add(sums[tile][1], w[2], w[3], w[6], w[7], back_low, back_high);
+            multiply_add(sums[tile][0], w[8], w[9], w[12], w[13], front_low, front_high);
+            multiply_add(sums[tile][1], w[10], w[11], w[14], w[15], back_low, back_high);
         }
     }
 }
 
-// A warp at work on its share: a step is one unit in each of ROWS rows of tiles, in 2 * ROWS pieces of a block each.
-// Lookups run one piece ahead of the multiplications, so neither waits for the other.
+// Where in a slot a lane's first sum lies: of its first token, in row g.
+__device__ __forceinline__ u32 first_sum() {
+    return 4 * (lane_index() % 4 * 2 / TOKEN_COLUMNS * TOKEN_STRIDE + lane_index() / 4);
+}
+
+// to: of the slot, at this lane's place. factors: of the warp's tokens, for bf16 and for digits.
+__device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors) {
+    int token = lane_index() % 4 * 2 / TOKEN_COLUMNS;
+#pragma unroll
+    for (int tile = 0; tile < TOKEN_TILES; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            auto first = sums[tile][0][2 * half] + sums[tile][1][2 * half];
+            auto second = sums[tile][0][2 * half + 1] + sums[tile][1][2 * half + 1];
+            if constexpr (BYTES) {
+                int further = 8 * tile / TOKEN_COLUMNS;
+                float sum = static_cast<float>(first) * 256.0f + static_cast<float>(second);
+                if constexpr (DIGITS == 3) sum = sum * 256.0f + static_cast<float>(static_cast<int>(shuffle(first, lane_index() ^ 1)));
+                if (lane_index() % 4 * 2 % TOKEN_COLUMNS == 0 && token + further < TOKENS) {
+                    sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
+                    store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * half), float_to_bits(sum));
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    int further = 8 * tile + i;
+                    float sum = i == 0 ? first : second;
+                    if (token + further >= TOKENS) continue;
+                    if (BFLOAT) sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
+                    store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * half), float_to_bits(sum));
+                }
+            }
+        }
+    }
+}
+
+// The words of part PART of a block.
+template <typename Decoder, int BLOCK, int PART, int WIDTH>
+__device__ __forceinline__ void decode_part(const Unit<WIDTH>& unit, u32 table_lane, u32 (&words)[BLOCK_PAIRS]) {
+#if FAMILY == MAD
+    Decoder::template decode<BLOCK, PART>(unit, table_lane, words);
+#else
+    Decoder::template decode<BLOCK>(unit, table_lane, words);
+#endif
+}
+
+// A warp at work on its share: a step is one unit in each of ROWS rows of tiles, in 2 * ROWS pieces of a block each, or of
+// part of one. Decoding runs one piece ahead of the multiplications, so neither waits for the other.
 template <typename Decoder, int WIDTH>
 struct Worker {
-    static constexpr int PIECES = 2 * ROWS;
+    static constexpr int PARTS = Decoder::PARTS, PIECES = 2 * PARTS * ROWS;
 
     Stream<WIDTH> stream;
     u32 table_lane;
@@ -122,7 +168,7 @@ struct Worker {
         load_fragments<1>(fragments[1], tokens, token_stride, batch);
         if constexpr (STEPS_AT_START == 1) stream.fetch_after(1, stream.units[0][0]);
         Decoder::finish(stream.units[0][0]);
-        Decoder::template decode<0>(stream.units[0][0], table_lane, weights[0]);
+        decode_part<Decoder, 0, 0>(stream.units[0][0], table_lane, weights[0]);
         while (!(step<0>() || step<1>())) {}
     }
 
@@ -162,22 +208,32 @@ struct Worker {
     // Decodes the piece after PIECE, the last time one of the next step, and multiplies PIECE.
     template <int PLACE, int PIECE>
     __device__ __forceinline__ void pieces() {
-        constexpr int NEXT = PIECE + 1, BLOCK = PIECE / ROWS, ROW = PIECE % ROWS;
+        constexpr int NEXT = PIECE + 1, ROW = PIECE % ROWS, PART = PIECE / ROWS % PARTS, BLOCK = PIECE / ROWS / PARTS;
         if constexpr (NEXT < PIECES) {
             Unit<WIDTH>& unit = stream.units[PLACE][NEXT % ROWS];
             if constexpr (NEXT < ROWS) Decoder::finish(unit);
-            Decoder::template decode<NEXT / ROWS>(unit, table_lane, weights[NEXT % 2]);
+            decode_part<Decoder, NEXT / ROWS / PARTS, NEXT / ROWS % PARTS>(unit, table_lane, weights[NEXT % 2]);
         } else {
             Unit<WIDTH>& unit = stream.units[1 - PLACE][0];
             stream.fetch_after(PLACE, unit);
             Decoder::finish(unit);
-            Decoder::template decode<0>(unit, table_lane, weights[0]);
+            decode_part<Decoder, 0, 0>(unit, table_lane, weights[0]);
         }
-        multiply_block(sums[ROW], weights[PIECE % 2], fragments[BLOCK]);
-        if constexpr (ROW == ROWS - 1) load_fragments<BLOCK>(fragments[BLOCK], tokens, token_stride, batch);
+        multiply_part<PARTS, PART>(sums[ROW], weights[PIECE % 2], fragments[BLOCK]);
+        if constexpr (ROW == ROWS - 1 && PART == PARTS - 1) load_fragments<BLOCK>(fragments[BLOCK], tokens, token_stride, batch);
         if constexpr (NEXT < PIECES) pieces<PLACE, NEXT>();
     }
 };
+
+// By what sums of hashes are multiplied.
+template <typename Decoder>
+__device__ __forceinline__ float gain_of() {
+#if FAMILY == MAD
+    return Decoder::gain();
+#else
+    return 1;
+#endif
+}
 
 // Where a block's results go, and where in shared memory their factors lie.
 struct Output {
@@ -269,16 +325,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     // kernel ahead may still be writing.
     TableFilling<Low, THREADS> table;
     if constexpr (Low::ENTRIES > 0) table.ask(codebook);
-    auto prepare = [&](const Share& share, const Segment& segment, u32 to, u32 factors) {
+    auto prepare = [&](const Share& share, const Segment& segment, u32 to, u32 factors, float gain) {
         if constexpr (Low::ENTRIES > 0 && (WITHOUT & WITHOUT_TABLE) == 0) table.store();
         if (Low::ENTRIES > 0 && ROW_GROUPS == 1) block_sync();
         if ((WITHOUT & WITHOUT_TOKENS) == 0 && share.group == 0) {  // groups share tokens
             wait_for_previous_kernels();
             int first = (segment.first + share.first) * UNIT_COLUMNS;
-            TokenFilling{
-                x + segment.column + first, columns_low + columns_high, batch, share.units * 16,
-                (segment.columns - first) / 8, to, token_stride, factors}
-                .fill();
+            const u16* from = x + segment.column + first;
+            int pieces = share.units * 16, real = (segment.columns - first) / 8;
+            if constexpr (BYTES) {
+                DigitFilling<DIGITS == 3 ? 3 : 2>{
+                    from, columns_low + columns_high, batch, pieces, real, to, token_stride, factors, gain}
+                    .fill();
+            } else {
+                TokenFilling{from, columns_low + columns_high, batch, pieces, real, to, token_stride, factors}.fill();
+            }
         }
         if (ROW_GROUPS > 1) block_sync();
 #pragma unroll 1
@@ -288,7 +349,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         }
     };
 
-    u32 lane_place = lane_index() / 4 * token_stride + lane_index() % 4 * 32;
+    u32 place = lane_index() / 4;  // a column of a multiplication: of a token, or of one of its digits
+    u32 lane_place = (place / TOKEN_COLUMNS * DIGITS + place % TOKEN_COLUMNS) * token_stride + lane_index() % 4 * 32;
     u64 tiles_before = first_tile;
     if (HIGH_WARPS == 0 || warp < LOW_WARPS) {
         Share share = share_of<LOW_COLUMNS>(warp, low, tiles);
@@ -296,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         u32 own = tokens + share.first * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
         Worker<Low, WIDTH_LOW> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share);
-        prepare(share, low, own, factors);
+        prepare(share, low, own, factors, gain_of<Low>());
         work.multiply_share(share, column);
     } else if constexpr (HIGH_WARPS > 0) {
         Share share = share_of<HIGH_COLUMNS>(warp - LOW_WARPS, high, tiles);
@@ -305,7 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         Worker<High, SECOND_WIDTH> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(
             packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share);
-        prepare(share, high, own, factors);
+        prepare(share, high, own, factors, gain_of<High>());
         work.multiply_share(share, column);
     }
     copy_wait();

@@ -8,9 +8,9 @@
 
 using Decoder = Choose<WIDTH_LOW>::Decoder;
 
-// A pair of decoded weights times its row's scale, in fp32, rounded once.
-__device__ __forceinline__ u32 scaled(u32 pair, float scale) {
-    float first = half_to_float(pair & 0xFFFF) * scale, second = half_to_float(pair >> 16) * scale;
+// Two neighbouring weights times their row's scale, in fp32, rounded once.
+__device__ __forceinline__ u32 scaled(const float* pair, float scale) {
+    float first = pair[0] * scale, second = pair[1] * scale;
     if constexpr (BFLOAT) return float_to_bfloat(first) | static_cast<u32>(float_to_bfloat(second)) << 16;
     return float_to_half(first) | static_cast<u32>(float_to_half(second)) << 16;
 }
@@ -18,18 +18,18 @@ __device__ __forceinline__ u32 scaled(u32 pair, float scale) {
 template <int BLOCK>
 __device__ __forceinline__ void write_block(
     const Unit<WIDTH_LOW>& unit, u32 table_lane, const float (&scale)[2], u16* to, int out_stride, int columns) {
-    u32 weights[BLOCK_PAIRS];
-    Decoder::template decode<BLOCK>(unit, table_lane, weights);
+    float values[2 * BLOCK_PAIRS];
+    decode_values<Decoder, BLOCK>(unit, table_lane, values);
     if (lane_index() % 4 * 16 >= columns) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         Words4* row = reinterpret_cast<Words4*>(to + static_cast<u64>(8 * half) * out_stride);
 #pragma unroll
         for (int side = 0; side < 2; ++side) {
-            const u32* first = weights + 2 * side + half;
+            const float* first = values + 2 * (2 * side + half);
             row[side] = Words4{
-                scaled(first[0], scale[half]), scaled(first[4], scale[half]), scaled(first[8], scale[half]),
-                scaled(first[12], scale[half])};
+                scaled(first, scale[half]), scaled(first + 8, scale[half]), scaled(first + 16, scale[half]),
+                scaled(first + 24, scale[half])};
         }
     }
 }

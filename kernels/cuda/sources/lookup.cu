@@ -17,16 +17,18 @@ constexpr int PIECE = 8;    // columns that are written together
 template <int BLOCK>
 __device__ __forceinline__ void write_block(
     const Unit<WIDTH_LOW>& unit, u32 table_lane, bool upper, float scale, void* out, long long place) {
-    u32 weights[BLOCK_PAIRS];
-    Decoder::template decode<BLOCK>(unit, table_lane, weights);
+    float weights[2 * BLOCK_PAIRS];
+    decode_values<Decoder, BLOCK>(unit, table_lane, weights);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
         float value[PIECE];
 #pragma unroll
         for (int n = 0; n < PIECE / 2; ++n) {
-            u32 pair = upper ? weights[4 * n + 2 * side + 1] : weights[4 * n + 2 * side];
-            value[2 * n] = half_to_float(pair & 0xFFFF) * scale;
-            value[2 * n + 1] = half_to_float(pair >> 16) * scale;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float* pair = weights + 2 * (4 * n + 2 * side);
+                value[2 * n + i] = (upper ? pair[2 + i] : pair[i]) * scale;
+            }
         }
         Raw<OUT, PIECE> result;
         result.set(value);
@@ -55,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) look_up(
         const u8* bytes = packed + (token / 16 * units + unit_number) * Unit<WIDTH_LOW>::BYTES;
         Unit<WIDTH_LOW> unit;
         unit.load(bytes + lane * unit.LANE_BYTES, active, lane);
-#if FAMILY == TCQ
+#if FAMILY == TCQ || FAMILY == MAD
         int next_lane = (lane + 4) % 32;  // its run continues the lane's
         Unit<WIDTH_LOW> following;
         following.load(bytes + next_lane * unit.LANE_BYTES, active, next_lane);

@@ -197,6 +197,14 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], u32 a, u32 b, u32 
         : "r"(a), "r"(b), "r"(c), "r"(d), "r"(low), "r"(high));
 }
 
+// sum (16x8 int32) += codes (16x32 int8: a, b, c, d) * digits (32x8 int8), fragments as in PTX's mma.m16n8k32.
+__device__ __forceinline__ void multiply_add(int (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(a), "r"(b), "r"(c), "r"(d), "r"(low), "r"(high));
+}
+
 // Global memory that another block writes or reads during this kernel: never cached in a multiprocessor.
 __device__ __forceinline__ u32 load_global(const u32* pointer) {
     u32 value;

@@ -9,11 +9,11 @@ from msq.kernels.cuda.decode import kernel_arguments, new_workspace
 from msq.kernels.cuda.layout import prepare
 from msq.kernels.cuda.tuning import Limits, Tuning, launch_for
 from msq.kernels.quantize import decode
-from msq.kernels.specs import default_palette
+from msq.kernels.specs import every_quantizer
 
 from .emulate import Emulated, needs_compiler
 
-SPECS = {spec.label: spec for spec in default_palette()}
+SPECS = {spec.label: spec for spec in every_quantizer()}
 LIMITS = Limits(multiprocessors=3, shared_bytes=227 << 10)
 
 CASES = [
@@ -25,8 +25,8 @@ CASES = [
     ("int-8", (48, 256), 1, torch.float16, Tuning(4)),
     ("int-7", (96, 160), 3, torch.bfloat16, Tuning(4, rows=1)),
     ("int-5", (80, 416), 3, torch.bfloat16, Tuning(8, row_groups=4, rows=1, steps_at_start=2, splits=2)),
-    ("half-tcq-2.75", (176, 544), 11, torch.bfloat16, Tuning(8, replicas=4, row_groups=2, splits=2)),
-    ("half-tcq-3.25", (64, 96), 9, torch.bfloat16, Tuning(8, replicas=4, row_groups=2, splits=4, waves=2)),
+    ("half-tcq-2.75-hyb", (176, 544), 11, torch.bfloat16, Tuning(8, replicas=4, row_groups=2, splits=2)),
+    ("half-tcq-3.25-hyb", (64, 96), 9, torch.bfloat16, Tuning(8, replicas=4, row_groups=2, splits=4, waves=2)),
     ("nuq-2", (144, 512), 1, torch.float16, Tuning(8, row_groups=2)),
     ("nuq-4", (80, 384), 4, torch.float16, Tuning(4, rows=1, row_groups=2)),
     ("nuq-6", (48, 256), 8, torch.bfloat16, Tuning(4, replicas=4, splits=3)),
@@ -34,10 +34,21 @@ CASES = [
     ("vq-2.5", (208, 416), 13, torch.float16, Tuning(4, rows=1, waves=2)),
     ("vq-3.5", (64, 1184), 2, torch.float16, Tuning(4, rows=1)),
     ("vq-5", (64, 320), 1, torch.float16, Tuning(4, replicas=4)),
-    ("tcq-3", (112, 640), 1, torch.bfloat16, Tuning(8, replicas=8, steps_at_start=2)),
-    ("tcq-4.5", (32, 320), 5, torch.float16, Tuning(4, replicas=4, signed=False, splits=2)),
-    ("half-tcq-2.75", (176, 544), 2, torch.float16, Tuning(8, replicas=4, row_groups=2)),
-    ("half-tcq-3.25", (64, 576), 1, torch.float16, Tuning(4, replicas=4, splits=2, rows=1)),
+    ("tcq-3-hyb", (112, 640), 1, torch.bfloat16, Tuning(8, replicas=8, steps_at_start=2)),
+    ("tcq-4.5-hyb", (32, 320), 5, torch.float16, Tuning(4, replicas=4, signed=False, splits=2)),
+    ("half-tcq-2.75-hyb", (176, 544), 2, torch.float16, Tuning(8, replicas=4, row_groups=2)),
+    ("half-tcq-3.25-hyb", (64, 576), 1, torch.float16, Tuning(4, replicas=4, splits=2, rows=1)),
+    ("tcq-1.5", (48, 256), 1, torch.float16, Tuning(4)),
+    ("tcq-2", (112, 640), 2, torch.float16, Tuning(4, rows=1, steps_at_start=2)),
+    ("tcq-2.5", (80, 416), 5, torch.bfloat16, Tuning(8, row_groups=4, rows=1, splits=2)),
+    ("tcq-3", (112, 640), 1, torch.bfloat16, Tuning(8)),
+    ("tcq-3.5", (48, 256), 3, torch.float16, Tuning(4, row_groups=2)),
+    ("tcq-4", (96, 160), 8, torch.float16, Tuning(4)),
+    ("tcq-4.5", (32, 320), 1, torch.float16, Tuning(4, rows=1)),
+    ("tcq-5", (64, 256), 13, torch.bfloat16, Tuning(4, rows=1)),
+    ("half-tcq-2.75", (176, 544), 11, torch.bfloat16, Tuning(8, row_groups=2, splits=2)),
+    ("half-tcq-3.25", (64, 576), 1, torch.float16, Tuning(4, splits=2, rows=1)),
+    ("half-tcq-3.25", (64, 96), 2, torch.float16, Tuning(8, row_groups=2, waves=2)),
 ]
 
 

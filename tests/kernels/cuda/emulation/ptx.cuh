@@ -129,3 +129,19 @@ inline void multiply_add(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u
         }
     }
 }
+
+// PTX, "Matrix fragments for mma.m16n8k32": the same with four neighbouring signed bytes for two halves.
+inline void multiply_add(int (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
+    int slot = emulator::exchange({a, b, c, d, low, high});
+    int g = lane_index() / 4, t = lane_index() % 4;
+    for (int i = 0; i < 4; ++i) {
+        for (int source = 0; source < 4; ++source) {
+            const u32* row = emulator::received(slot, 4 * g + source);
+            const u32* column = emulator::received(slot, 4 * (2 * t + i % 2) + source);
+            for (int byte = 0; byte < 32; byte += 8) {
+                sum[i] += (signed char)(row[i / 2] >> byte) * (signed char)(column[4] >> byte);
+                sum[i] += (signed char)(row[2 + i / 2] >> byte) * (signed char)(column[5] >> byte);
+            }
+        }
+    }
+}

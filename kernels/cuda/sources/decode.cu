@@ -23,6 +23,7 @@ constexpr bool BYTES = FAMILY == MAD;
 constexpr int DIGITS = !BYTES ? 1 : TOKENS <= 2 ? 3 : 2;         // of a token,
 constexpr int TOKEN_COLUMNS = !BYTES ? 1 : TOKENS <= 2 ? 4 : 2;  // and columns that it takes of a multiplication
 constexpr int TOKEN_TILES = (TOKENS * TOKEN_COLUMNS + 7) / 8;
+using Digits = DigitFilling<DIGITS == 3 ? 3 : 2>;
 constexpr int TOKEN_STRIDE = TOKENS == 1 ? 16 : 20;  // floats; 20 keeps the fragments' stores free of conflicts
 constexpr int TILE_SUMS = TOKENS * TOKEN_STRIDE;
 constexpr u32 EMPTY = 0xFFFFFFFF;  // a NaN that no sum has
@@ -103,8 +104,12 @@ __device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors
             auto second = sums[tile][0][2 * half + 1] + sums[tile][1][2 * half + 1];
             if constexpr (BYTES) {
                 int further = 8 * tile / TOKEN_COLUMNS;
-                float sum = static_cast<float>(first) * 256.0f + static_cast<float>(second);
-                if constexpr (DIGITS == 3) sum = sum * 256.0f + static_cast<float>(static_cast<int>(shuffle(first, lane_index() ^ 1)));
+                constexpr float BASE = Digits::BASE;
+                float sum = static_cast<float>(first) * BASE + static_cast<float>(second);
+                if constexpr (DIGITS == 3) {
+                    int last = static_cast<int>(shuffle(first, lane_index() ^ 1));
+                    sum = sum * BASE + static_cast<float>(last);
+                }
                 if (lane_index() % 4 * 2 % TOKEN_COLUMNS == 0 && token + further < TOKENS) {
                     sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
                     store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * half), float_to_bits(sum));
@@ -334,9 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
             const u16* from = x + segment.column + first;
             int pieces = share.units * 16, real = (segment.columns - first) / 8;
             if constexpr (BYTES) {
-                DigitFilling<DIGITS == 3 ? 3 : 2>{
-                    from, columns_low + columns_high, batch, pieces, real, to, token_stride, factors, gain}
-                    .fill();
+                Digits{from, columns_low + columns_high, batch, pieces, real, to, token_stride, factors, gain}.fill();
             } else {
                 TokenFilling{from, columns_low + columns_high, batch, pieces, real, to, token_stride, factors}.fill();
             }

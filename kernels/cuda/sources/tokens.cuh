@@ -93,15 +93,23 @@ struct TokenFilling {
 };
 
 // The same for pairs that tensor cores multiply by the bytes of a hash (MadDecoder): a pair of columns (x0, x1) has a word of
-// signed bytes, the lowest first, for 3/4 (x1 - x0), x1, 3/4 (x0 + x1), x0. These are taken times a power of two, so that the
-// largest of the warp's columns has 13 or 21 bits and more, rounded, and written as two or three DIGITS to the base 256, the
-// highest first: `stride` bytes each. The warp's sums are multiplied by `gain` and the inverse of that power.
+// signed bytes, the lowest first, for 3/4 (x1 - x0), x1, 3/4 (x0 + x1), x0. These are taken times a power of two, which brings
+// the largest x of the warp's columns to between 32 and 64, and written as DIGITS numbers to the base BASE, the highest first,
+// `stride` bytes each. What is smaller than half of the last digit is lost. The warp's sums, in units of the last digit, are
+// multiplied by `gain` and the inverse of that power.
 template <int DIGITS>
 struct DigitFilling {
-    static constexpr int FLIGHT = 4;  // pieces that a lane has in flight
-    // Added to a number below 2^22, it leaves it in the mantissa's low bits, with 128 more for each digit but the highest.
-    static constexpr float ROUNDER = 12582912.0f + (DIGITS == 3 ? 0x8080 : 0x80);
-    static constexpr int LARGEST_EXPONENT = DIGITS == 3 ? 20 : 13;  // of a column, scaled
+    static_assert(DIGITS == 2 || DIGITS == 3, "one digit is too coarse");
+    static constexpr int BASE = DIGITS == 3 ? 128 : 254;  // two digits: the lower one is below 127; three: remainders are exact
+    static constexpr float LAST = DIGITS == 3 ? 1.0f / (BASE * BASE) : 1.0f / BASE;
+    static constexpr int LARGEST_EXPONENT = 5;
+    static constexpr int AT_ONCE = TOKENS < 4 ? 4 : 8;            // pieces that a lane has in flight,
+    static constexpr int SIDE_BY_SIDE = TOKENS < 4 ? TOKENS : 4;  // of so many tokens
+    static constexpr int FLIGHT = AT_ONCE / SIDE_BY_SIDE;
+    static constexpr int STEP = 32 * FLIGHT;
+    static constexpr u32 BOTH = 0x00010001;
+
+    using Pieces = Words4[SIDE_BY_SIDE][FLIGHT];
 
     const u16* x;  // as in TokenFilling
     int in_features, batch;
@@ -111,72 +119,103 @@ struct DigitFilling {
     float gain;
 
     __device__ __forceinline__ void fill() const {
-        for (int token = 0; token < batch; ++token) {
-            u32 place = to + token * DIGITS * stride, largest = 0;
+        for (int token = 0; token < batch; token += SIDE_BY_SIDE) {
+            Pieces values;
+            u32 largest[SIDE_BY_SIDE] = {};
+            int first = lane_index();
 #pragma unroll 1
-            for (int piece = lane_index(); piece < pieces; piece += 32 * FLIGHT) {
-                largest = max(largest, bring(x + static_cast<u64>(token) * in_features, piece, place));
+            for (int piece = first;; piece += STEP) {
+                load(values, token, piece);
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    largest[i / FLIGHT] = max(largest[i / FLIGHT], largest_of(values[i / FLIGHT][i % FLIGHT]));
+                }
+                if (piece - first + STEP >= pieces) break;
             }
-            write(token, place, warp_max(largest));
+            u32 scales[SIDE_BY_SIDE];
+#pragma unroll
+            for (int i = 0; i < SIDE_BY_SIDE; ++i) scales[i] = scale_of(token + i, warp_max(largest[i]));
+#pragma unroll 1
+            for (int piece = first; piece - first < pieces; piece += STEP) {
+                if (pieces > STEP) load(values, token, piece);
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; ++i) {
+                    int which = piece + i % FLIGHT * 32, row = token + i / FLIGHT;
+                    if (row < batch && which < pieces) write(row, which, values[i / FLIGHT][i % FLIGHT], scales[i / FLIGHT]);
+                }
+            }
         }
         warp_sync();
     }
 
-    // Puts pieces of x where their first digits will be; their largest magnitude, as bits.
-    __device__ __forceinline__ u32 bring(const u16* from, int piece, u32 place) const {
-        Words4 values[FLIGHT] = {};
-        u32 largest = 0;
+    __device__ __forceinline__ void load(Pieces& values, int token, int piece) const {
+        const u16* from = x + static_cast<u64>(token) * in_features + 8 * piece;
 #pragma unroll
-        for (int i = 0; i < FLIGHT; ++i) {
-            if (piece + 32 * i < real) values[i] = *reinterpret_cast<const Words4*>(from + 8 * (piece + 32 * i));
-        }
-#pragma unroll
-        for (int i = 0; i < FLIGHT; ++i) {
-            if (piece + 32 * i < pieces) store_shared(place + 16 * (piece + 32 * i), values[i]);
-            largest = max(largest, largest_of(values[i]));
-        }
-        return largest;
-    }
-
-    __device__ __forceinline__ void write(int token, u32 place, u32 largest) const {
-        // Exponents as fp32 has them; a magnitude that is no number spoils the sums, as it would elsewhere.
-        int exponent = static_cast<int>(float_to_bits(value_of(largest)) >> 23);
-        int up = min(127 + LARGEST_EXPONENT + 127 - exponent, 253);
-        u32 factor = exponent == 255 ? 0x7FC00000 : (254 - up) << 23;
-        if (lane_index() == 0) store_shared(factors + 4 * token, float_to_bits(bits_to_float(factor) * gain));
-        float scale = bits_to_float(exponent == 255 ? 0 : up << 23);
-#pragma unroll 1
-        for (int piece = lane_index(); piece < pieces; piece += 32) {
-            u32 own = place + 16 * piece;
-            Words4 raw = load_shared_four(own);
-            const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-            u32 words[DIGITS][4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) split(pairs[i], scale, words, i);
-#pragma unroll
-            for (int i = 0; i < DIGITS; ++i) {
-                store_shared(own + i * stride, Words4{words[i][0], words[i][1], words[i][2], words[i][3]});
+        for (int i = 0; i < AT_ONCE; ++i) {
+            int row = i / FLIGHT, further = i % FLIGHT * 32;
+            Words4& value = values[row][i % FLIGHT];
+            value = Words4{};
+            if (token + row < batch && piece + further < real) {
+                value = *reinterpret_cast<const Words4*>(from + static_cast<u64>(row) * in_features + 8 * further);
             }
         }
     }
 
-    // The n-th word of each digit.
-    static __device__ __forceinline__ void split(u32 pair, float scale, u32 (&words)[DIGITS][4], int n) {
-        constexpr u32 EVERY = 0x01010101;
-        float first = value_of(pair & 0xFFFF) * scale, second = value_of(pair >> 16) * scale;
-        u32 low = rounded(0.75f * (second - first)), next = rounded(second);
-        u32 third = rounded(0.75f * (first + second)), high = rounded(first);
-        u32 lower = permute(low, next, 0x5140), upper = permute(third, high, 0x5140);  // bytes 0, 0, 1, 1
-        u32 middle = permute(lower, upper, 0x7632);
-        words[DIGITS - 1][n] = permute(lower, upper, 0x5410) ^ 0x80 * EVERY;
-        if constexpr (DIGITS == 3) {
-            u32 top = permute(permute(low, next, 0x0062), permute(third, high, 0x0062), 0x5410);  // 0x40 + digit
-            words[1][n] = middle ^ 0x80 * EVERY;
-            words[0][n] = (top + 0x40 * EVERY) ^ 0x80 * EVERY;
-        } else {
-            words[0][n] = middle;
+    // What a token's values are multiplied by, of their largest magnitude (bits of its format): bits of a float for bf16, else
+    // two factors in fp16, as one may be too large for it.
+    __device__ __forceinline__ u32 scale_of(int token, u32 largest) const {
+        int exponent = static_cast<int>(float_to_bits(value_of(largest)) >> 23);  // biased by 127
+        int up = min(127 + LARGEST_EXPONENT - exponent, BFLOAT ? 126 : 30);
+        // A magnitude that is no number spoils the sums, as it would elsewhere.
+        float inverse = bits_to_float(exponent == 255 ? 0x7FC00000 : (127 - up) << 23);
+        if (lane_index() == 0 && token < batch) store_shared(factors + 4 * token, float_to_bits(inverse * gain * LAST));
+        if (BFLOAT) return (127 + max(up, -126)) << 23;
+        int one = min(up, 15);
+        return (15 + one) << 10 | (15 + up - one) << 26;
+    }
+
+    __device__ __forceinline__ void write(int token, int piece, const Words4& raw, u32 scale) const {
+        const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+        u32 words[DIGITS][4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            u32 pair;
+            if constexpr (BFLOAT) {
+                pair = scale_pair(pairs[i], bits_to_float(scale));
+            } else {
+                pair = multiply_add_half2(pairs[i], permute(scale, scale, 0x1010), 0);
+                pair = multiply_add_half2(pair, permute(scale, scale, 0x3232), 0);
+            }
+            split(pair, words, i);
+        }
+        u32 own = to + token * DIGITS * stride + 16 * piece;
+#pragma unroll
+        for (int i = 0; i < DIGITS; ++i) {
+            store_shared(own + i * stride, Words4{words[i][0], words[i][1], words[i][2], words[i][3]});
         }
     }
 
-    static __device__ __forceinline__ u32 rounded(float value) { return float_to_bits(value + ROUNDER); }
+    // The n-th word of each digit.
+    static __device__ __forceinline__ void split(u32 pair, u32 (&words)[DIGITS][4], int n) {
+        constexpr u32 SIGNS = 0xBC003C00;  // (1, -1)
+        u32 straight[DIGITS], crossed[DIGITS];
+        digits_of(pair, 0x3C00 * BOTH, straight);
+        // x0 + x1 and x0 - x1; the sign of the second is turned by its factor
+        digits_of(multiply_add_half2(permute(pair, pair, 0x3232), SIGNS, permute(pair, pair, 0x1010)), 0xBA003A00, crossed);
+#pragma unroll
+        for (int i = 0; i < DIGITS; ++i) words[i][n] = permute(straight[i], crossed[i], 0x0426);
+    }
+
+    // Digits of both halves times `factor`, each in the low byte of its half.
+    static __device__ __forceinline__ void digits_of(u32 number, u32 factor, u32 (&digits)[DIGITS]) {
+        constexpr u32 ROUNDER = 0x6600 * BOTH, MINUS = 0xBC00 * BOTH;  // 1536: sums with it are integers; -1
+        constexpr u32 UP = (DIGITS == 3 ? 0x5800 : 0x5BF0) * BOTH;     // BASE
+        digits[0] = multiply_add_half2(number, factor, ROUNDER);
+        u32 rest = multiply_add_half2(number, factor, multiply_add_half2(digits[0], MINUS, ROUNDER));
+        digits[1] = multiply_add_half2(rest, UP, ROUNDER);
+        if constexpr (DIGITS == 3) {
+            rest = multiply_add_half2(rest, UP, multiply_add_half2(digits[1], MINUS, ROUNDER));
+            digits[2] = multiply_add_half2(rest, UP, ROUNDER);
+        }
+    }
 };

@@ -49,6 +49,7 @@ class Tuning:
         resident: blocks for which a multiprocessor has registers; more than `blocks` lets the next launch start early.
         rows: rows of tiles that a warp decodes side by side: a step is one unit (16 rows x 128 columns) in each.
         steps_at_start: steps that a warp asks for before it decodes the first, 1 or 2.
+        ring: steps in flight through shared memory; 0 for one or two, straight to registers.
         row_groups: groups of warps that take different rows; the warps of a group share the columns.
         splits: chunks of the input dimension that different blocks take.
         replicas: copies of the table in shared memory; 32 make every lookup free of conflicts.
@@ -61,6 +62,7 @@ class Tuning:
     resident: int = 1
     rows: int = 2
     steps_at_start: int = 1
+    ring: int = 0
     row_groups: int = 1
     splits: int = 1
     replicas: int = 32
@@ -188,9 +190,10 @@ def _divide(
         return None
     block_tiles = -(-row_tiles // chunk_blocks)
     table_bytes = table_size(spec, tuning.replicas, tuning.signed)
+    rings = tuning.warps * tuning.ring * tuning.rows * 128 * pair_width(max(spec.rates))
     factors = tuning.warps * tokens * 4
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
-    shared_bytes = table_bytes + factors + -factors % 16 + 4 * slots
+    shared_bytes = table_bytes + rings + factors + -factors % 16 + 4 * slots
     shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * _digits(spec, tokens) * (sum(units) * UNIT_COLUMNS + 8)
     if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
         return None
@@ -218,6 +221,7 @@ def launch_for(
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
         "ROWS": tuning.rows,
         "STEPS_AT_START": tuning.steps_at_start,
+        "RING": tuning.ring,
         "ROW_GROUPS": tuning.row_groups,
         "WARPS": tuning.warps,
         "HIGH_WARPS": division.warps[1] if len(widths) > 1 else 0,

@@ -13,7 +13,7 @@
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
 // Macros: FAMILY, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
-// HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH (of MadDecoder); ROWS, ROW_GROUPS, STEPS_AT_START (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
+// HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH (of MadDecoder); ROWS, ROW_GROUPS, STEPS_AT_START, RING (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
 // must have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT.
 #include "stream.cuh"
 #include "tokens.cuh"
@@ -36,9 +36,11 @@ constexpr int SLOTS = WARPS / ROW_GROUPS;  // of a row of tiles: one for each wa
 constexpr int SECOND_WIDTH = WIDTH_HIGH ? WIDTH_HIGH : WIDTH_LOW;
 using High = Choose<SECOND_WIDTH>::Decoder;
 
-// Offsets in shared memory, in bytes as everywhere here; after the factors come the slots of sums, the scales and biases of
+// Offsets in shared memory, in bytes as everywhere here; after table, rings and factors come the slots of sums, the scales and biases of
 // the block's rows, the tokens.
-constexpr int FACTOR_OFFSET = Low::TABLE_BYTES;
+constexpr int RING_OFFSET = Low::TABLE_BYTES;
+constexpr int RING_BYTES = RING * ROWS * 128 * (WIDTH_LOW > WIDTH_HIGH ? WIDTH_LOW : WIDTH_HIGH);  // of a warp
+constexpr int FACTOR_OFFSET = RING_OFFSET + WARPS * RING_BYTES;
 constexpr int SUMS_OFFSET = (FACTOR_OFFSET + WARPS * TOKENS * 4 + 15) & ~15;
 constexpr int ROW_SUMS = SLOTS * TILE_SUMS * 4;  // bytes of the slots of a row of tiles
 constexpr int ROW_BYTES = 2 * 16;                // of the scales, or the biases, of a row of tiles
@@ -171,7 +173,7 @@ struct Worker {
         if (tiles <= 0) return;
         load_fragments<0>(fragments[0], tokens, token_stride, batch);
         load_fragments<1>(fragments[1], tokens, token_stride, batch);
-        if constexpr (STEPS_AT_START == 1) stream.fetch_after(1, stream.units[0][0]);
+        stream.take_first();
         Decoder::finish(stream.units[0][0]);
         decode_part<Decoder, 0, 0>(stream.units[0][0], table_lane, weights[0]);
         while (!(step<0>() || step<1>())) {}
@@ -213,14 +215,16 @@ struct Worker {
     // Decodes the piece after PIECE, the last time one of the next step, and multiplies PIECE.
     template <int PLACE, int PIECE>
     __device__ __forceinline__ void pieces() {
+        constexpr int NOW = RING > 0 ? 0 : PLACE, THEN = RING > 0 ? 0 : 1 - PLACE;  // where this and the next step are
         constexpr int NEXT = PIECE + 1, ROW = PIECE % ROWS, PART = PIECE / ROWS % PARTS, BLOCK = PIECE / ROWS / PARTS;
         if constexpr (NEXT < PIECES) {
-            Unit<WIDTH>& unit = stream.units[PLACE][NEXT % ROWS];
+            Unit<WIDTH>& unit = stream.units[NOW][NEXT % ROWS];
             if constexpr (NEXT < ROWS) Decoder::finish(unit);
             decode_part<Decoder, NEXT / ROWS / PARTS, NEXT / ROWS % PARTS>(unit, table_lane, weights[NEXT % 2]);
+            if constexpr (RING > 0 && NEXT >= PIECES - ROWS) stream.take(NEXT % ROWS);
         } else {
-            Unit<WIDTH>& unit = stream.units[1 - PLACE][0];
-            stream.fetch_after(PLACE, unit);
+            Unit<WIDTH>& unit = stream.units[THEN][0];
+            if constexpr (RING == 0) stream.fetch_after(PLACE, unit);
             Decoder::finish(unit);
             decode_part<Decoder, 0, 0>(unit, table_lane, weights[0]);
         }
@@ -355,12 +359,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     u32 place = lane_index() / 4;  // a column of a multiplication: of a token, or of one of its digits
     u32 lane_place = (place / TOKEN_COLUMNS * DIGITS + place % TOKEN_COLUMNS) * token_stride + lane_index() % 4 * 32;
     u64 tiles_before = first_tile;
+    u32 ring = RING_OFFSET + warp * RING_BYTES;
     if (HIGH_WARPS == 0 || warp < LOW_WARPS) {
         Share share = share_of<LOW_COLUMNS>(warp, low, tiles);
         int column = warp % LOW_COLUMNS;
         u32 own = tokens + share.first * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
         Worker<Low, WIDTH_LOW> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
-        work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share);
+        work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share, ring);
         prepare(share, low, own, factors, gain_of<Low>());
         work.multiply_share(share, column);
     } else if constexpr (HIGH_WARPS > 0) {
@@ -369,7 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         u32 own = tokens + (low.units() + share.first) * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
         Worker<High, SECOND_WIDTH> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(
-            packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share);
+            packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share, ring);
         prepare(share, high, own, factors, gain_of<High>());
         work.multiply_share(share, column);
     }

@@ -61,6 +61,35 @@ struct Unit {
             load_once_if(words[WIDTH - 1], place - (LANE_BYTES - 4) * lane + ONES, active);
         }
     }
+
+    // The same to shared memory, asynchronously: a unit's bytes lie from `to` on as they lie in global memory.
+    static __device__ __forceinline__ void copy(u32 to, const u8* place, bool active) {
+        int lane = lane_index();
+        u32 own = to + LANE_BYTES * lane;
+#pragma unroll
+        for (int piece = 0; piece < WIDTH / 4; ++piece) copy_once_if<16>(own + 512 * piece, place + 512 * piece, active);
+        constexpr int TWOS = WIDTH / 4 * 512, ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);
+        constexpr int TO_TWO = LANE_BYTES - 8, TO_ONE = LANE_BYTES - 4;
+        if constexpr ((WIDTH & 2) != 0) copy_once_if<8>(own - TO_TWO * lane + TWOS, place - TO_TWO * lane + TWOS, active);
+        if constexpr ((WIDTH & 1) != 0) copy_once_if<4>(own - TO_ONE * lane + ONES, place - TO_ONE * lane + ONES, active);
+    }
+
+    // A lane's words of a unit that lies from `from` on.
+    __device__ __forceinline__ void read(u32 from) {
+        int lane = lane_index();
+#pragma unroll
+        for (int piece = 0; piece < WIDTH / 4; ++piece) {
+            Words4 four = load_shared_four(from + 512 * piece + 16 * lane);
+            u32* to = words + 4 * piece;
+            to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
+        }
+        constexpr int TWOS = WIDTH / 4 * 512, ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);
+        if constexpr ((WIDTH & 2) != 0) {
+            Words2 two = load_shared_two(from + TWOS + 8 * lane);
+            words[WIDTH / 4 * 4] = two.x, words[WIDTH / 4 * 4 + 1] = two.y;
+        }
+        if constexpr ((WIDTH & 1) != 0) words[WIDTH - 1] = load_shared_word(from + ONES + 4 * lane);
+    }
 };
 
 // `count` bits of a stream from bit `position` on, in the low bits of the result; the bits above are anything.

@@ -78,6 +78,15 @@ __device__ __forceinline__ Words4 load_shared_four(u32 offset) {
     return words;
 }
 
+__device__ __forceinline__ Words2 load_shared_two(u32 offset) {
+    Words2 words;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2 + %3];"
+                 : "=r"(words.x), "=r"(words.y)
+                 : "r"(offset), "n"(SHARED_BASE)
+                 : "memory");
+    return words;
+}
+
 __device__ __forceinline__ u32 load_shared_word(u32 offset) {
     u32 word;
     asm volatile("ld.shared.b32 %0, [%1 + %2];" : "=r"(word) : "r"(offset), "n"(SHARED_BASE) : "memory");
@@ -234,6 +243,30 @@ __device__ __forceinline__ float exp2_fast(float power) {
 // 16 bytes from global memory to `offset` bytes into dynamic shared memory, asynchronously; both aligned to 16.
 __device__ __forceinline__ void copy_async(u32 offset, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16;" ::"r"(offset), "n"(SHARED_BASE), "l"(from) : "memory");
+}
+
+// The same for BYTES (4, 8 or 16) that are read once, where `active`; elsewhere nothing is written.
+template <int BYTES>
+__device__ __forceinline__ void copy_once_if(u32 offset, const void* from, bool active) {
+    if constexpr (BYTES == 16) {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global.L2::cache_hint [%0 + %1], [%2], 16, %4; }" ::"r"(
+                offset), "n"(SHARED_BASE), "l"(from), "r"(static_cast<u32>(active)), "l"(first_to_evict())
+            : "memory");
+    } else {
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.ca.shared.global.L2::cache_hint [%0 + %1], [%2], %5, %4; }" ::"r"(
+                offset), "n"(SHARED_BASE), "l"(from), "r"(static_cast<u32>(active)), "l"(first_to_evict()), "n"(BYTES)
+            : "memory");
+    }
+}
+
+// Copies fall into groups; waits until all but this thread's last COUNT groups have arrived.
+__device__ __forceinline__ void end_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int COUNT>
+__device__ __forceinline__ void wait_for_copy_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory");
 }
 
 // Waits for all of this thread's copies.

@@ -103,6 +103,7 @@ inline Value load_shared(u32 offset) {
     return value;
 }
 inline Words4 load_shared_four(u32 offset) { return load_shared<Words4>(offset); }
+inline Words2 load_shared_two(u32 offset) { return load_shared<Words2>(offset); }
 inline u32 load_shared_word(u32 offset) { return load_shared<u32>(offset); }
 inline u16 load_shared_half(u32 offset) { return load_shared<u16>(offset); }
 inline void store_shared(u32 offset, const Words4& words) { std::memcpy(dynamic_shared + offset, &words, sizeof words); }
@@ -113,6 +114,13 @@ inline u32 count_up(u32* counter) { return (*counter)++; }
 inline float exp2_fast(float power) { return std::exp2(power); }
 inline void copy_async(u32 offset, const void* from) { std::memcpy(dynamic_shared + offset, from, 16); }
 inline void copy_wait() {}
+template <int BYTES>
+inline void copy_once_if(u32 offset, const void* from, bool active) {
+    if (active) std::memcpy(dynamic_shared + offset, from, BYTES);
+}
+inline void end_copy_group() {}
+template <int COUNT>
+inline void wait_for_copy_groups() {}
 
 // PTX, "Matrix fragments for mma.m16n8k16": lane 4 g + t holds rows g and g + 8 of the weights and column g of the tokens.
 inline void multiply_add(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {

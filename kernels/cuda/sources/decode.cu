@@ -176,7 +176,11 @@ struct Worker {
         stream.take_first();
         Decoder::finish(stream.units[0][0]);
         decode_part<Decoder, 0, 0>(stream.units[0][0], table_lane, weights[0]);
-        while (!(step<0>() || step<1>())) {}
+        if constexpr (RING > 0) {
+            while (!step<0>()) {}
+        } else {
+            while (!(step<0>() || step<1>())) {}
+        }
     }
 
     __device__ __forceinline__ void clear() {
@@ -282,6 +286,42 @@ __device__ __forceinline__ float receive_sums(u32* slot, u64 stride) {
     return others;
 }
 
+// What comes before the first step, in a block.
+struct Start {
+    const u16 *x, *scales, *bias;  // those of the block's rows
+    int in_features, batch, tiles;
+    u32 token_stride, row_scales, row_bias;  // in shared memory
+    TableFilling<Low, THREADS> table;
+
+    // to, factors: where a warp's tokens go, and the inverses of what they are multiplied by.
+    template <typename Stream>
+    __device__ __forceinline__ void prepare(
+        const Share& share, const Segment& segment, u32 to, u32 factors, float gain, Stream& stream) {
+        if constexpr (Low::ENTRIES > 0 && (WITHOUT & WITHOUT_TABLE) == 0) table.store();
+        if (Low::ENTRIES > 0 && ROW_GROUPS == 1) block_sync();
+        auto ask_ahead = [&] { stream.ask_ahead(); };
+        if ((WITHOUT & WITHOUT_TOKENS) == 0 && share.group == 0) {  // groups share tokens
+            wait_for_previous_kernels();
+            int first = (segment.first + share.first) * UNIT_COLUMNS;
+            const u16* from = x + segment.column + first;
+            int pieces = share.units * 16, real = (segment.columns - first) / 8;
+            if constexpr (BYTES) {
+                Digits{from, in_features, batch, pieces, real, to, token_stride, factors, gain}.fill(ask_ahead);
+            } else {
+                TokenFilling{from, in_features, batch, pieces, real, to, token_stride, factors}.fill(ask_ahead);
+            }
+        } else {
+            ask_ahead();
+        }
+        if (ROW_GROUPS > 1) block_sync();
+#pragma unroll 1
+        for (int i = threadIdx.x; i < tiles * 2; i += THREADS) {
+            copy_async(row_scales + 16 * i, scales + 8 * i);
+            if (bias != nullptr) copy_async(row_bias + 16 * i, bias + 8 * i);
+        }
+    }
+};
+
 // Adds up the warps' sums and writes what is complete.
 __device__ __forceinline__ void finish_rows(const Output& to, int chunk, int first_tile, int tiles) {
 #pragma unroll 1
@@ -332,29 +372,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
 
     // The codebook is asked for first, as the first lookup waits for all of the table, and weights before tokens, which a
     // kernel ahead may still be writing.
-    TableFilling<Low, THREADS> table;
-    if constexpr (Low::ENTRIES > 0) table.ask(codebook);
-    auto prepare = [&](const Share& share, const Segment& segment, u32 to, u32 factors, float gain) {
-        if constexpr (Low::ENTRIES > 0 && (WITHOUT & WITHOUT_TABLE) == 0) table.store();
-        if (Low::ENTRIES > 0 && ROW_GROUPS == 1) block_sync();
-        if ((WITHOUT & WITHOUT_TOKENS) == 0 && share.group == 0) {  // groups share tokens
-            wait_for_previous_kernels();
-            int first = (segment.first + share.first) * UNIT_COLUMNS;
-            const u16* from = x + segment.column + first;
-            int pieces = share.units * 16, real = (segment.columns - first) / 8;
-            if constexpr (BYTES) {
-                Digits{from, columns_low + columns_high, batch, pieces, real, to, token_stride, factors, gain}.fill();
-            } else {
-                TokenFilling{from, columns_low + columns_high, batch, pieces, real, to, token_stride, factors}.fill();
-            }
-        }
-        if (ROW_GROUPS > 1) block_sync();
-#pragma unroll 1
-        for (int i = threadIdx.x; i < tiles * 2; i += THREADS) {
-            copy_async(row_scales + 16 * i, scales + first_tile * 16 + 8 * i);
-            if (bias != nullptr) copy_async(row_bias + 16 * i, bias + first_tile * 16 + 8 * i);
-        }
-    };
+    const u16* row_bias_from = bias == nullptr ? nullptr : bias + first_tile * 16;
+    Start start{x, scales + first_tile * 16, row_bias_from, columns_low + columns_high, batch, tiles, token_stride, row_scales, row_bias};
+    if constexpr (Low::ENTRIES > 0) start.table.ask(codebook);
 
     u32 place = lane_index() / 4;  // a column of a multiplication: of a token, or of one of its digits
     u32 lane_place = (place / TOKEN_COLUMNS * DIGITS + place % TOKEN_COLUMNS) * token_stride + lane_index() % 4 * 32;
@@ -366,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         u32 own = tokens + share.first * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
         Worker<Low, WIDTH_LOW> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share, ring);
-        prepare(share, low, own, factors, gain_of<Low>());
+        start.prepare(share, low, own, factors, gain_of<Low>(), work.stream);
         work.multiply_share(share, column);
     } else if constexpr (HIGH_WARPS > 0) {
         Share share = share_of<HIGH_COLUMNS>(warp - LOW_WARPS, high, tiles);
@@ -375,7 +395,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         Worker<High, SECOND_WIDTH> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(
             packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share, ring);
-        prepare(share, high, own, factors, gain_of<High>());
+        start.prepare(share, high, own, factors, gain_of<High>(), work.stream);
         work.multiply_share(share, column);
     }
     copy_wait();

@@ -67,11 +67,11 @@ struct Unit {
         int lane = lane_index();
         u32 own = to + LANE_BYTES * lane;
 #pragma unroll
-        for (int piece = 0; piece < WIDTH / 4; ++piece) copy_once_if<16>(own + 512 * piece, place + 512 * piece, active);
+        for (int piece = 0; piece < WIDTH / 4; ++piece) copy_async_if<16>(own + 512 * piece, place + 512 * piece, active);
         constexpr int TWOS = WIDTH / 4 * 512, ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);
         constexpr int TO_TWO = LANE_BYTES - 8, TO_ONE = LANE_BYTES - 4;
-        if constexpr ((WIDTH & 2) != 0) copy_once_if<8>(own - TO_TWO * lane + TWOS, place - TO_TWO * lane + TWOS, active);
-        if constexpr ((WIDTH & 1) != 0) copy_once_if<4>(own - TO_ONE * lane + ONES, place - TO_ONE * lane + ONES, active);
+        if constexpr ((WIDTH & 2) != 0) copy_async_if<8>(own - TO_TWO * lane + TWOS, place - TO_TWO * lane + TWOS, active);
+        if constexpr ((WIDTH & 1) != 0) copy_async_if<4>(own - TO_ONE * lane + ONES, place - TO_ONE * lane + ONES, active);
     }
 
     // A lane's words of a unit that lies from `from` on.

@@ -8,7 +8,8 @@
 // a warp that has few steps asks for STEPS_AT_START of them at once.
 //
 // RING > 0: through a ring of so many steps in shared memory, where each lane copies and reads its own words. That many steps
-// are in flight, for decoders that leave shared memory the time.
+// are in flight, for decoders that leave shared memory the time. Loads come back in the order in which they were asked for, so
+// the second step and those after it are asked for behind the tokens, which would wait for them.
 #pragma once
 
 #include "decoders.cuh"
@@ -43,13 +44,18 @@ struct Stream {
         next = packed + (before + lane_index() * Unit<WIDTH>::LANE_BYTES);
         if constexpr (RING > 0) {
             ring = slot = own_ring;
-#pragma unroll
-            for (int step = 0; step < RING; ++step) ask(ring + step * STEP_BYTES);
+            ask(ring);
         } else {
             zero = hidden(0);
             fetch(0);
             if constexpr (STEPS_AT_START > 1) fetch(1);
         }
+    }
+
+    // RING > 0: asks for the steps that `begin` left.
+    __device__ __forceinline__ void ask_ahead() {
+#pragma unroll
+        for (int step = 1; step < RING; ++step) ask(ring + step * STEP_BYTES);
     }
 
     // The first step, in units[0].

@@ -40,11 +40,18 @@ struct TokenFilling {
     u32 to, stride;    // where the first token goes, and from there to the next
     u32 factors;       // where the inverse factors of bf16 go
 
-    __device__ __forceinline__ void fill() const {
+    // `meanwhile` is called once, when the first of x has been asked for.
+    template <typename Meanwhile>
+    __device__ __forceinline__ void fill(Meanwhile meanwhile) const {
         for (int token = 0; token < batch; token += SIDE_BY_SIDE) {
             u32 largest[SIDE_BY_SIDE] = {};
 #pragma unroll 1
-            for (int piece = lane_index(); piece < pieces; piece += STEP) copy(token, piece, largest);
+            for (int piece = lane_index(); piece - lane_index() < pieces; piece += STEP) {
+                Words4 values[SIDE_BY_SIDE][FLIGHT];
+                ask(values, token, piece);
+                if (token == 0 && piece < 32) meanwhile();
+                keep(values, token, piece, largest);
+            }
             if constexpr (BFLOAT) {
 #pragma unroll
                 for (int i = 0; i < SIDE_BY_SIDE; ++i) {
@@ -55,10 +62,8 @@ struct TokenFilling {
         warp_sync();
     }
 
-    __device__ __forceinline__ void copy(int token, int piece, u32 (&largest)[SIDE_BY_SIDE]) const {
-        Words4 values[SIDE_BY_SIDE][FLIGHT];
+    __device__ __forceinline__ void ask(Words4 (&values)[SIDE_BY_SIDE][FLIGHT], int token, int piece) const {
         const u16* from = x + static_cast<u64>(token) * in_features + 8 * piece;
-        u32 place = to + token * stride + 16 * piece;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int row = i / FLIGHT, further = i % FLIGHT * 32;
@@ -68,6 +73,11 @@ struct TokenFilling {
                 value = *reinterpret_cast<const Words4*>(from + static_cast<u64>(row) * in_features + 8 * further);
             }
         }
+    }
+
+    __device__ __forceinline__ void keep(
+        const Words4 (&values)[SIDE_BY_SIDE][FLIGHT], int token, int piece, u32 (&largest)[SIDE_BY_SIDE]) const {
+        u32 place = to + token * stride + 16 * piece;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int row = i / FLIGHT, further = i % FLIGHT * 32;
@@ -103,13 +113,9 @@ struct DigitFilling {
     static constexpr int BASE = DIGITS == 3 ? 128 : 254;  // two digits: the lower one is below 127; three: remainders are exact
     static constexpr float LAST = DIGITS == 3 ? 1.0f / (BASE * BASE) : 1.0f / BASE;
     static constexpr int LARGEST_EXPONENT = 5;
-    static constexpr int AT_ONCE = TOKENS < 4 ? 4 : 8;            // pieces that a lane has in flight,
-    static constexpr int SIDE_BY_SIDE = TOKENS < 4 ? TOKENS : 4;  // of so many tokens
-    static constexpr int FLIGHT = AT_ONCE / SIDE_BY_SIDE;
-    static constexpr int STEP = 32 * FLIGHT;
+    static constexpr int SIDE_BY_SIDE = TOKENS < 4 ? TOKENS : 4;  // tokens, and
+    static constexpr int FLIGHT = 4 / SIDE_BY_SIDE;               // pieces of each that a lane has in flight
     static constexpr u32 BOTH = 0x00010001;
-
-    using Pieces = Words4[SIDE_BY_SIDE][FLIGHT];
 
     const u16* x;  // as in TokenFilling
     int in_features, batch;
@@ -118,46 +124,52 @@ struct DigitFilling {
     u32 factors;
     float gain;
 
-    __device__ __forceinline__ void fill() const {
+    // Loops stay loops: the machine code that a block's start runs through is short. `meanwhile` is called once, when the first
+    // of x has been asked for.
+    template <typename Meanwhile>
+    __device__ __forceinline__ void fill(Meanwhile meanwhile) const {
         for (int token = 0; token < batch; token += SIDE_BY_SIDE) {
-            Pieces values;
             u32 largest[SIDE_BY_SIDE] = {};
-            int first = lane_index();
 #pragma unroll 1
-            for (int piece = first;; piece += STEP) {
-                load(values, token, piece);
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i) {
-                    largest[i / FLIGHT] = max(largest[i / FLIGHT], largest_of(values[i / FLIGHT][i % FLIGHT]));
-                }
-                if (piece - first + STEP >= pieces) break;
+            for (int piece = lane_index(); piece - lane_index() < pieces; piece += 32 * FLIGHT) {
+                Words4 values[4] = {};
+                ask(values, token, piece);
+                if (token == 0 && piece < 32) meanwhile();
+                keep(values, token, piece, largest);
             }
-            u32 scales[SIDE_BY_SIDE];
-#pragma unroll
-            for (int i = 0; i < SIDE_BY_SIDE; ++i) scales[i] = scale_of(token + i, warp_max(largest[i]));
 #pragma unroll 1
-            for (int piece = first; piece - first < pieces; piece += STEP) {
-                if (pieces > STEP) load(values, token, piece);
+            for (int i = 0; i < SIDE_BY_SIDE && token + i < batch; ++i) {
+                u32 own = largest[0];
 #pragma unroll
-                for (int i = 0; i < AT_ONCE; ++i) {
-                    int which = piece + i % FLIGHT * 32, row = token + i / FLIGHT;
-                    if (row < batch && which < pieces) write(row, which, values[i / FLIGHT][i % FLIGHT], scales[i / FLIGHT]);
-                }
+                for (int other = 1; other < SIDE_BY_SIDE; ++other) own = i == other ? largest[other] : own;
+                write(token + i, scale_of(token + i, warp_max(own)));
             }
         }
         warp_sync();
     }
 
-    __device__ __forceinline__ void load(Pieces& values, int token, int piece) const {
+    __device__ __forceinline__ void ask(Words4 (&values)[4], int token, int piece) const {
         const u16* from = x + static_cast<u64>(token) * in_features + 8 * piece;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; ++i) {
+        for (int i = 0; i < 4; ++i) {
             int row = i / FLIGHT, further = i % FLIGHT * 32;
-            Words4& value = values[row][i % FLIGHT];
-            value = Words4{};
             if (token + row < batch && piece + further < real) {
-                value = *reinterpret_cast<const Words4*>(from + static_cast<u64>(row) * in_features + 8 * further);
+                values[i] = *reinterpret_cast<const Words4*>(from + static_cast<u64>(row) * in_features + 8 * further);
             }
+        }
+    }
+
+    // Puts pieces of x where their first digits will be.
+    __device__ __forceinline__ void keep(
+        const Words4 (&values)[4], int token, int piece, u32 (&largest)[SIDE_BY_SIDE]) const {
+        u32 place = to + token * DIGITS * stride + 16 * piece;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int row = i / FLIGHT, further = i % FLIGHT * 32;
+            if (token + row < batch && piece + further < pieces) {
+                store_shared(place + row * DIGITS * stride + 16 * further, values[i]);
+            }
+            largest[row] = max(largest[row], largest_of(values[i]));
         }
     }
 
@@ -168,31 +180,32 @@ struct DigitFilling {
         int up = min(127 + LARGEST_EXPONENT - exponent, BFLOAT ? 126 : 30);
         // A magnitude that is no number spoils the sums, as it would elsewhere.
         float inverse = bits_to_float(exponent == 255 ? 0x7FC00000 : (127 - up) << 23);
-        if (lane_index() == 0 && token < batch) store_shared(factors + 4 * token, float_to_bits(inverse * gain * LAST));
+        if (lane_index() == 0) store_shared(factors + 4 * token, float_to_bits(inverse * gain * LAST));
         if (BFLOAT) return (127 + max(up, -126)) << 23;
         int one = min(up, 15);
         return (15 + one) << 10 | (15 + up - one) << 26;
     }
 
-    __device__ __forceinline__ void write(int token, int piece, const Words4& raw, u32 scale) const {
-        const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-        u32 words[DIGITS][4];
+    __device__ __forceinline__ void write(int token, u32 scale) const {
+#pragma unroll 1
+        for (int piece = lane_index(); piece < pieces; piece += 32) {
+            u32 own = to + token * DIGITS * stride + 16 * piece;
+            Words4 raw = load_shared_four(own);
+            const u32 pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+            u32 words[DIGITS][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            u32 pair;
-            if constexpr (BFLOAT) {
-                pair = scale_pair(pairs[i], bits_to_float(scale));
-            } else {
-                pair = multiply_add_half2(pairs[i], permute(scale, scale, 0x1010), 0);
-                pair = multiply_add_half2(pair, permute(scale, scale, 0x3232), 0);
+            for (int i = 0; i < 4; ++i) split(scaled(pairs[i], scale), words, i);
+#pragma unroll
+            for (int i = 0; i < DIGITS; ++i) {
+                store_shared(own + i * stride, Words4{words[i][0], words[i][1], words[i][2], words[i][3]});
             }
-            split(pair, words, i);
         }
-        u32 own = to + token * DIGITS * stride + 16 * piece;
-#pragma unroll
-        for (int i = 0; i < DIGITS; ++i) {
-            store_shared(own + i * stride, Words4{words[i][0], words[i][1], words[i][2], words[i][3]});
-        }
+    }
+
+    static __device__ __forceinline__ u32 scaled(u32 pair, u32 scale) {
+        if constexpr (BFLOAT) return scale_pair(pair, bits_to_float(scale));
+        return multiply_add_half2(
+            multiply_add_half2(pair, permute(scale, scale, 0x1010), 0), permute(scale, scale, 0x3232), 0);
     }
 
     // The n-th word of each digit.

@@ -115,7 +115,7 @@ inline float exp2_fast(float power) { return std::exp2(power); }
 inline void copy_async(u32 offset, const void* from) { std::memcpy(dynamic_shared + offset, from, 16); }
 inline void copy_wait() {}
 template <int BYTES>
-inline void copy_once_if(u32 offset, const void* from, bool active) {
+inline void copy_async_if(u32 offset, const void* from, bool active) {
     if (active) std::memcpy(dynamic_shared + offset, from, BYTES);
 }
 inline void end_copy_group() {}

@@ -156,11 +156,9 @@ def _tokens(batch: int) -> int:
     return 1 << (batch - 1).bit_length()
 
 
-def _digits(spec: QuantizerSpec, tokens: int) -> int:
+def _digits(spec: QuantizerSpec) -> int:
     """Numbers that stand for an activation: fp16, or the 8-bit digits that are multiplied by the bytes of hashes."""
-    if spec.code is not TrellisCode.MAD:
-        return 1
-    return 3 if tokens <= 2 else 2
+    return 2 if spec.code is TrellisCode.MAD else 1
 
 
 def _share_warps(units: tuple[int, ...], tuning: Tuning) -> tuple[int, ...] | None:
@@ -194,7 +192,7 @@ def _divide(
     factors = tuning.warps * tokens * 4
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
     shared_bytes = table_bytes + rings + factors + -factors % 16 + 4 * slots
-    shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * _digits(spec, tokens) * (sum(units) * UNIT_COLUMNS + 8)
+    shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * _digits(spec) * (sum(units) * UNIT_COLUMNS + 8)
     if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
         return None
     warps = _share_warps(units, tuning)

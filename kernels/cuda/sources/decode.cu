@@ -20,10 +20,8 @@
 
 constexpr int THREADS = 32 * WARPS;
 constexpr bool BYTES = FAMILY == MAD;
-constexpr int DIGITS = !BYTES ? 1 : TOKENS <= 2 ? 3 : 2;         // of a token,
-constexpr int TOKEN_COLUMNS = !BYTES ? 1 : TOKENS <= 2 ? 4 : 2;  // and columns that it takes of a multiplication
-constexpr int TOKEN_TILES = (TOKENS * TOKEN_COLUMNS + 7) / 8;
-using Digits = DigitFilling<DIGITS == 3 ? 3 : 2>;
+constexpr int COLUMNS = BYTES ? DIGITS : 1;  // that a token takes of a multiplication
+constexpr int TOKEN_TILES = (TOKENS * COLUMNS + 7) / 8;
 constexpr int TOKEN_STRIDE = TOKENS == 1 ? 16 : 20;  // floats; 20 keeps the fragments' stores free of conflicts
 constexpr int TILE_SUMS = TOKENS * TOKEN_STRIDE;
 constexpr u32 EMPTY = 0xFFFFFFFF;  // a NaN that no sum has
@@ -53,10 +51,8 @@ template <int BLOCK>
 __device__ __forceinline__ void load_fragments(Fragments& fragments, u32 tokens, u32 token_stride, int batch) {
     // Lanes of absent tokens get anything: it meets only sums that nobody reads. Of one condition for both loads the
     // compiler would make a branch, and nothing moves across that.
-    constexpr bool FULL = TOKENS * DIGITS >= 8;
-    bool digit = TOKEN_COLUMNS == DIGITS || lane_index() % (4 * TOKEN_COLUMNS) < 4 * DIGITS;
-    bool front = FULL || (digit && lane_index() < 4 * TOKENS * TOKEN_COLUMNS);
-    bool back = FULL || (digit && lane_index() < 4 * batch * TOKEN_COLUMNS);
+    constexpr bool FULL = TOKENS * COLUMNS >= 8;
+    bool front = FULL || lane_index() < 4 * TOKENS * COLUMNS, back = FULL || lane_index() < 4 * batch * COLUMNS;
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
         u32 from = tokens + 8 * tile * token_stride;
@@ -92,12 +88,12 @@ __device__ __forceinline__ void multiply_part(Sums& sums, const u32 (&words)[BLO
 
 // Where in a slot a lane's first sum lies: of its first token, in row g.
 __device__ __forceinline__ u32 first_sum() {
-    return 4 * (lane_index() % 4 * 2 / TOKEN_COLUMNS * TOKEN_STRIDE + lane_index() / 4);
+    return 4 * (lane_index() % 4 * 2 / COLUMNS * TOKEN_STRIDE + lane_index() / 4);
 }
 
 // to: of the slot, at this lane's place. factors: of the warp's tokens, for bf16 and for digits.
 __device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors) {
-    int token = lane_index() % 4 * 2 / TOKEN_COLUMNS;
+    int token = lane_index() % 4 * 2 / COLUMNS;
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
 #pragma unroll
@@ -105,17 +101,12 @@ __device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors
             auto first = sums[tile][0][2 * half] + sums[tile][1][2 * half];
             auto second = sums[tile][0][2 * half + 1] + sums[tile][1][2 * half + 1];
             if constexpr (BYTES) {
-                int further = 8 * tile / TOKEN_COLUMNS;
-                constexpr float BASE = Digits::BASE;
-                float sum = static_cast<float>(first) * BASE + static_cast<float>(second);
-                if constexpr (DIGITS == 3) {
-                    int last = static_cast<int>(shuffle(first, lane_index() ^ 1));
-                    sum = sum * BASE + static_cast<float>(last);
-                }
-                if (lane_index() % 4 * 2 % TOKEN_COLUMNS == 0 && token + further < TOKENS) {
-                    sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
-                    store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * half), float_to_bits(sum));
-                }
+                static_assert(DIGITS == 2, "a lane's two columns are a token's digits");
+                int further = 8 * tile / COLUMNS;
+                if (token + further >= TOKENS) continue;
+                float sum = static_cast<float>(first) * DigitFilling::BASE + static_cast<float>(second);
+                sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
+                store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * half), float_to_bits(sum));
             } else {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
@@ -306,7 +297,7 @@ struct Start {
             const u16* from = x + segment.column + first;
             int pieces = share.units * 16, real = (segment.columns - first) / 8;
             if constexpr (BYTES) {
-                Digits{from, in_features, batch, pieces, real, to, token_stride, factors, gain}.fill(ask_ahead);
+                DigitFilling{from, in_features, batch, pieces, real, to, token_stride, factors, gain}.fill(ask_ahead);
             } else {
                 TokenFilling{from, in_features, batch, pieces, real, to, token_stride, factors}.fill(ask_ahead);
             }
@@ -376,8 +367,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     Start start{x, scales + first_tile * 16, row_bias_from, columns_low + columns_high, batch, tiles, token_stride, row_scales, row_bias};
     if constexpr (Low::ENTRIES > 0) start.table.ask(codebook);
 
-    u32 place = lane_index() / 4;  // a column of a multiplication: of a token, or of one of its digits
-    u32 lane_place = (place / TOKEN_COLUMNS * DIGITS + place % TOKEN_COLUMNS) * token_stride + lane_index() % 4 * 32;
+    u32 lane_place = lane_index() / 4 * token_stride + lane_index() % 4 * 32;
     u64 tiles_before = first_tile;
     u32 ring = RING_OFFSET + warp * RING_BYTES;
     if (HIGH_WARPS == 0 || warp < LOW_WARPS) {

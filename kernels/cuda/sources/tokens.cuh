@@ -102,16 +102,15 @@ struct TokenFilling {
     }
 };
 
+constexpr int DIGITS = 2;
+
 // The same for pairs that tensor cores multiply by the bytes of a hash (MadDecoder): a pair of columns (x0, x1) has a word of
 // signed bytes, the lowest first, for 3/4 (x1 - x0), x1, 3/4 (x0 + x1), x0. These are taken times a power of two, which brings
-// the largest x of the warp's columns to between 32 and 64, and written as DIGITS numbers to the base BASE, the highest first,
-// `stride` bytes each. What is smaller than half of the last digit is lost. The warp's sums, in units of the last digit, are
-// multiplied by `gain` and the inverse of that power.
-template <int DIGITS>
+// the largest x of the warp's columns to between 32 and 64, and written as two digits to the base BASE, the higher first,
+// `stride` bytes each. So x keeps 14 bits below the largest, where fp16 has 11 of its own. The warp's sums, in units of the
+// lower digit, are multiplied by `gain` and the inverse of that power.
 struct DigitFilling {
-    static_assert(DIGITS == 2 || DIGITS == 3, "one digit is too coarse");
-    static constexpr int BASE = DIGITS == 3 ? 128 : 254;  // two digits: the lower one is below 127; three: remainders are exact
-    static constexpr float LAST = DIGITS == 3 ? 1.0f / (BASE * BASE) : 1.0f / BASE;
+    static constexpr int BASE = 254;  // half of it is the largest lower digit
     static constexpr int LARGEST_EXPONENT = 5;
     static constexpr int SIDE_BY_SIDE = TOKENS < 4 ? TOKENS : 4;  // tokens, and
     static constexpr int FLIGHT = 4 / SIDE_BY_SIDE;               // pieces of each that a lane has in flight
@@ -180,7 +179,7 @@ struct DigitFilling {
         int up = min(127 + LARGEST_EXPONENT - exponent, BFLOAT ? 126 : 30);
         // A magnitude that is no number spoils the sums, as it would elsewhere.
         float inverse = bits_to_float(exponent == 255 ? 0x7FC00000 : (127 - up) << 23);
-        if (lane_index() == 0) store_shared(factors + 4 * token, float_to_bits(inverse * gain * LAST));
+        if (lane_index() == 0) store_shared(factors + 4 * token, float_to_bits(inverse * gain * (1.0f / BASE)));
         if (BFLOAT) return (127 + max(up, -126)) << 23;
         int one = min(up, 15);
         return (15 + one) << 10 | (15 + up - one) << 26;
@@ -221,14 +220,10 @@ struct DigitFilling {
 
     // Digits of both halves times `factor`, each in the low byte of its half.
     static __device__ __forceinline__ void digits_of(u32 number, u32 factor, u32 (&digits)[DIGITS]) {
-        constexpr u32 ROUNDER = 0x6600 * BOTH, MINUS = 0xBC00 * BOTH;  // 1536: sums with it are integers; -1
-        constexpr u32 UP = (DIGITS == 3 ? 0x5800 : 0x5BF0) * BOTH;     // BASE
+        constexpr u32 ROUNDER = 0x6600 * BOTH;                        // 1536: sums with it are integers
+        constexpr u32 MINUS = 0xBC00 * BOTH, UPWARDS = 0x5BF0 * BOTH;  // -1, BASE
         digits[0] = multiply_add_half2(number, factor, ROUNDER);
         u32 rest = multiply_add_half2(number, factor, multiply_add_half2(digits[0], MINUS, ROUNDER));
-        digits[1] = multiply_add_half2(rest, UP, ROUNDER);
-        if constexpr (DIGITS == 3) {
-            rest = multiply_add_half2(rest, UP, multiply_add_half2(digits[1], MINUS, ROUNDER));
-            digits[2] = multiply_add_half2(rest, UP, ROUNDER);
-        }
+        digits[1] = multiply_add_half2(rest, UPWARDS, ROUNDER);
     }
 };

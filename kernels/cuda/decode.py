@@ -55,7 +55,9 @@ def unsupported_weight_reason(
             f"the decode kernels need compute capability 8.0 or newer; {torch.cuda.get_device_name(device)} is older."
         )
     if spec.code not in KERNEL_CODES:
-        return f"the decode kernels know the trellis codes {' and '.join(KERNEL_CODES)}; {spec.label} runs as reference."
+        return (
+            f"the decode kernels know the trellis codes {' and '.join(KERNEL_CODES)}; {spec.label} runs as reference."
+        )
     if out_features % TILE or in_features % (2 * TILE):
         return (
             f"the decode kernels take multiples of {TILE} outputs and {2 * TILE} inputs; "

@@ -92,6 +92,11 @@ class Launch:
     workspace_words: int
 
 
+def _has_table(spec: QuantizerSpec) -> bool:
+    """Whether a kernel decodes by a table in shared memory."""
+    return spec.family is not Family.INT and spec.code is not TrellisCode.MAD
+
+
 def _looks_up_pairs(spec: QuantizerSpec) -> bool:
     return spec.family is Family.VQ or spec.bits <= _LARGEST_PAIR_TABLE.get(spec.family, 0)
 
@@ -242,20 +247,23 @@ def launch_for(
 @cache
 def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
     """The tuning that should be fastest; None where none fits."""
-    tabled = spec.code is TrellisCode.HYB
+    tabled = _has_table(spec)
     signs = (True, False) if spec.has_trellis and tabled else (True,)
     replicas: tuple[int, ...] = (32, 16, 8, 4, 1)
-    if spec.family is Family.INT or not tabled or plane_bits(spec, pair_width(max(spec.rates))):
+    if not tabled or plane_bits(spec, pair_width(max(spec.rates))):
         replicas = (32,)  # no table, or every lane has a copy of its own anyway
+    rings = (0,) if tabled else (_RING, 0)  # with a table, lookups leave shared memory no time
     shape = (spec, out_features, in_features, batch, limits)
     for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
         if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
             continue  # blocks have one row of tiles already
         best: tuple[float, Tuning] | None = None
-        for copies, signed, chunks, rows, groups in itertools.product(replicas, signs, splits, (2, 1), (1, 2, 4)):
+        choices = itertools.product(replicas, signs, splits, (2, 1), (1, 2, 4), rings)
+        for copies, signed, chunks, rows, groups, ring in choices:
             tuning = Tuning(
                 rows=rows,
-                steps_at_start=2 if rows == 1 else 1,
+                steps_at_start=2 if rows == 1 and not ring else 1,
+                ring=ring,
                 row_groups=groups,
                 splits=chunks,
                 replicas=copies,
@@ -275,11 +283,15 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 # Cycles of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
 _UNIT_CYCLES = 40
 """To decode a unit: its 32 pairs, and the loads of their codes."""
+_RING = 2
+"""Steps in flight; more only delay each other."""
+_NO_RING = 1.06
+"""What `_UNIT_CYCLES` grow by without a ring, where there is no table."""
 _TOKEN_CYCLES = 2
-"""To load a token's fragments, once for all rows of a step."""
+"""To load a token's fragments, once for all rows of a step, for each of its digits."""
 _CONFLICTS = {32: 1.0, 16: 1.19, 8: 1.5, 4: 1.8, 1: 2.1}
 """What `_UNIT_CYCLES` grow by with fewer copies of the table."""
-_ONE_ROW = {"other": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95}
+_ONE_ROW = {"other": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95, "none": 1.05}
 """And where a warp has one row at a time, by the kind of table."""
 _UNSIGNED = 1.15
 """And where signs are set by an instruction of their own."""
@@ -289,6 +301,8 @@ _SPLIT_CYCLES = 1700
 """To wait for the sums of each further block."""
 _GROUP_CYCLES = 500
 """To wait for tokens that another group of warps brings."""
+_DIGIT_CYCLES = 0.11
+"""To make the digits of an activation."""
 _STORE_BYTES = 128
 """Of shared memory that a cycle writes; half of the table's time is spent waiting for weights anyway."""
 
@@ -297,17 +311,28 @@ def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning
     """Cycles of the busiest multiprocessor, but for what all tunings have in common."""
     rounds = -(-division.block_tiles // (tuning.rows * tuning.row_groups))
     units = rounds * tuning.rows * _most_units(division.units, division.warps, tuning.row_groups)
+    tokens = _tokens(batch) * _digits(spec)
     unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas]
     if tuning.rows == 1:
-        trellis = "trellis" if _CONFLICTS[tuning.replicas] == 1 else "trellis, with conflicts"
-        unit *= _ONE_ROW[trellis if spec.has_trellis else "other"]
+        unit *= _ONE_ROW[_kind_of_table(spec, tuning)]
+    if not _has_table(spec) and not tuning.ring:
+        unit *= _NO_RING
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED
-    unit += _TOKEN_CYCLES * _tokens(batch) / tuning.rows
+    unit += _TOKEN_CYCLES * tokens / tuning.rows
     decoding = tuning.warps * unit * (units + _FIRST_STEP_UNITS * tuning.rows)
     slots = division.block_tiles * (tuning.warps // tuning.row_groups)
     adding = 2 * slots * max(1, _tokens(batch) * TILE / 32)
-    start = 0.5 * division.table_bytes / _STORE_BYTES + 2 * batch * sum(division.units) * UNIT_COLUMNS / _STORE_BYTES
+    activation = _DIGIT_CYCLES if spec.code is TrellisCode.MAD else 2 / _STORE_BYTES
+    start = 0.5 * division.table_bytes / _STORE_BYTES + activation * batch * sum(division.units) * UNIT_COLUMNS
     waiting = (tuning.splits - 1) * (_SPLIT_CYCLES + division.block_tiles * batch)
     waiting += _GROUP_CYCLES if tuning.row_groups > 1 else 0
     return tuning.waves * (decoding + adding + start) + waiting
+
+
+def _kind_of_table(spec: QuantizerSpec, tuning: Tuning) -> str:
+    if not _has_table(spec):
+        return "none"
+    if not spec.has_trellis:
+        return "other"
+    return "trellis" if _CONFLICTS[tuning.replicas] == 1 else "trellis, with conflicts"

@@ -1,7 +1,7 @@
 """The trellis code MAD: a pair of weights from one or two multiply-adds of the state, and no table.
 
-A state s gives hashes ``h_j = (multiplier_j * s + addend_j) mod 2**32``. The four bytes of a hash, read as signed numbers
-q3 (the highest) to q0, lie along four directions of the plane, an eighth of a turn apart:
+A state s gives hashes ``h_j = (multiplier_j * s + addend_j) mod 2**32``. The four bytes of a hash, read as signed
+numbers q3 (the highest) to q0, lie along four directions of the plane, an eighth of a turn apart:
 
     first weight  = gain * sum_j (q3 + 3/4 (q2 - q0))
     second weight = gain * sum_j (q1 + 3/4 (q2 + q0))
@@ -53,7 +53,7 @@ _FOUND: dict[int, tuple[tuple[int, ...], tuple[int, ...], float]] = {
     9: ((1992583343, 2978295591), (1401419283, 2724953954), 1.13),
     10: ((3477396799, 562499339), (3824155072, 1800581261), 1.18),
 }
-"""By bits of a pair: multipliers, addends and the standard deviation of the weights, from `experiments/search_mad.py`."""
+"""By bits of a pair: multipliers, addends, the weights' standard deviation; found by ``experiments/search_mad.py``."""
 
 
 @cache

@@ -116,7 +116,7 @@ class QuantizerSpec:
         family = Family(self.family)
         if self.bits not in _RATES[family]:
             raise QuantizerError(f"{family} comes in {_RATES[family]}; got {self.bits:g}.")
-        if self.code is None:
+        if not self.code:
             tabled = not self.has_trellis or self.table_bits > 0
             object.__setattr__(self, "code", TrellisCode.HYB if tabled else TrellisCode.MAD)
         if self.has_trellis:

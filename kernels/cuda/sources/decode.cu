@@ -13,7 +13,8 @@
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
 // Macros: FAMILY, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
-// HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH (of MadDecoder); ROWS, ROW_GROUPS, STEPS_AT_START, RING (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
+// HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH (MadDecoder); ROWS, ROW_GROUPS, STEPS_AT_START, RING
+// (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
 // must have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT.
 #include "stream.cuh"
 #include "tokens.cuh"
@@ -34,8 +35,8 @@ constexpr int SLOTS = WARPS / ROW_GROUPS;  // of a row of tiles: one for each wa
 constexpr int SECOND_WIDTH = WIDTH_HIGH ? WIDTH_HIGH : WIDTH_LOW;
 using High = Choose<SECOND_WIDTH>::Decoder;
 
-// Offsets in shared memory, in bytes as everywhere here; after table, rings and factors come the slots of sums, the scales and biases of
-// the block's rows, the tokens.
+// Offsets in shared memory, in bytes as everywhere here; after table, rings and factors come the slots of sums, the
+// scales and biases of the block's rows, the tokens.
 constexpr int RING_OFFSET = Low::TABLE_BYTES;
 constexpr int RING_BYTES = RING * ROWS * 128 * (WIDTH_LOW > WIDTH_HIGH ? WIDTH_LOW : WIDTH_HIGH);  // of a warp
 constexpr int FACTOR_OFFSET = RING_OFFSET + WARPS * RING_BYTES;
@@ -176,7 +177,9 @@ struct Worker {
 
     __device__ __forceinline__ void clear() {
 #pragma unroll
-        for (int i = 0; i < ROWS * TOKEN_TILES * 8; ++i) sums[i / 8 / TOKEN_TILES][i / 8 % TOKEN_TILES][i / 4 % 2][i % 4] = 0;
+        for (int i = 0; i < ROWS * TOKEN_TILES * 8; ++i) {
+            sums[i / 8 / TOKEN_TILES][i / 8 % TOKEN_TILES][i / 4 % 2][i % 4] = 0;
+        }
     }
 
     __device__ __forceinline__ void store_rows() {
@@ -224,7 +227,9 @@ struct Worker {
             decode_part<Decoder, 0, 0>(unit, table_lane, weights[0]);
         }
         multiply_part<PARTS, PART>(sums[ROW], weights[PIECE % 2], fragments[BLOCK]);
-        if constexpr (ROW == ROWS - 1 && PART == PARTS - 1) load_fragments<BLOCK>(fragments[BLOCK], tokens, token_stride, batch);
+        if constexpr (ROW == ROWS - 1 && PART == PARTS - 1) {
+            load_fragments<BLOCK>(fragments[BLOCK], tokens, token_stride, batch);
+        }
         if constexpr (NEXT < PIECES) pieces<PLACE, NEXT>();
     }
 };
@@ -363,8 +368,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
 
     // The codebook is asked for first, as the first lookup waits for all of the table, and weights before tokens, which a
     // kernel ahead may still be writing.
-    const u16* row_bias_from = bias == nullptr ? nullptr : bias + first_tile * 16;
-    Start start{x, scales + first_tile * 16, row_bias_from, columns_low + columns_high, batch, tiles, token_stride, row_scales, row_bias};
+    const u16 *own_scales = scales + first_tile * 16, *own_bias = bias == nullptr ? nullptr : bias + first_tile * 16;
+    int in_features = columns_low + columns_high;
+    Start start{x, own_scales, own_bias, in_features, batch, tiles, token_stride, row_scales, row_bias, {}};
     if constexpr (Low::ENTRIES > 0) start.table.ask(codebook);
 
     u32 lane_place = lane_index() / 4 * token_stride + lane_index() % 4 * 32;

@@ -503,7 +503,9 @@ struct MadDecoder : TrellisRuns<WIDTH> {
         }
     }
 
-    static __device__ __forceinline__ int signed_byte(u32 word, int i) { return static_cast<int>(word << (24 - 8 * i)) >> 24; }
+    static __device__ __forceinline__ int signed_byte(u32 word, int i) {
+        return static_cast<int>(word << (24 - 8 * i)) >> 24;
+    }
 
     // Both weights of every pair.
     template <int BLOCK, int PART = 0>

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from msq.planner.executor.apply import apply_plan
 from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.load import load_checkpoint, read_tensors
@@ -21,7 +21,7 @@ ASSIGNMENT = {
     ("k_proj",): QuantizerSpec(Family.INT, 4),
     ("o_proj",): QuantizerSpec(Family.HALF_TCQ, 3.25, 9),
     ("gate_proj", "up_proj"): QuantizerSpec(Family.VQ, 3),
-    ("down_proj",): QuantizerSpec(Family.NUQ, 3),
+    ("down_proj",): QuantizerSpec(Family.TCQ, 2.5, 9, code=TrellisCode.HYB),
     ("lm_head",): QuantizerSpec(Family.NUQ, 5),
 }
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.specs import QuantizerSpec, default_palette, match_labels
+from ..kernels.specs import DEFAULT_STATE_BITS, QuantizerSpec
 from ..planner.executor.benchmark import (
     measure_kernels,
     measure_step,
@@ -38,6 +38,7 @@ from ..planner.executor.random_model import planned_quantization, random_model, 
 from ..planner.plan import Plan, load_plan
 from ..profiles.device import driver_version
 from ..profiles.models import load_config
+from ..profiles.options import parse_palette
 from ..profiles.shipped import resolve_config
 from .records import environment, write_csv
 
@@ -48,9 +49,8 @@ Row = dict[str, object]
 
 
 def spec_of(label: str) -> QuantizerSpec:
-    """The quantizer of the palette with this label."""
-    palette = {spec.label: spec for spec in default_palette()}
-    return palette[match_labels(list(palette), label)[0]]
+    """The quantizer with this label."""
+    return parse_palette(label, DEFAULT_STATE_BITS)[0]
 
 
 def _row(name: str, batch: int, context: int, step_us: float, spread_us: float) -> Row:

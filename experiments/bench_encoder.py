@@ -10,6 +10,7 @@ costs in error; ``layer`` quantizes one 4096 x 14336 layer with all that belongs
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.codebooks import codebook
+from ..kernels.cuda.decode import KERNEL_CODES
 from ..kernels.cuda.jit import load
 from ..kernels.cuda.limits import device_limits
 from ..kernels.cuda.viterbi import Division, divide, encode, shared_bytes, source
@@ -76,8 +78,8 @@ def squared_errors(coder: TrellisCoder, codes: Tensor, pairs: Tensor, table: Ten
 
 def check(device: torch.device) -> Iterator[Row]:
     """Total costs of the kernel and of the reference, relative difference; and the share of tiles with equal codes."""
-    specs = [QuantizerSpec(Family.TCQ, bits, 16) for bits in _RATES]
-    specs += [QuantizerSpec(Family.TCQ, bits, 12) for bits in (1.5, 3, 5)]
+    specs = [QuantizerSpec(Family.TCQ, bits, 16, code=code) for code in KERNEL_CODES for bits in _RATES]
+    specs += [QuantizerSpec(Family.TCQ, bits, 12, code=code) for code in KERNEL_CODES for bits in (1.5, 3, 5)]
     specs += [QuantizerSpec(Family.TCQ, 2, 16, code=code) for code in (TrellisCode.ONE_MAD, TrellisCode.THREE_INST)]
     for spec in specs:
         pairs = gaussian_pairs(320, 1, str(device))
@@ -93,9 +95,9 @@ def check(device: torch.device) -> Iterator[Row]:
 
 
 def rates(device: torch.device, tiles: int) -> Iterator[Row]:
-    """Weights a second of every rate, and of PyTorch at 3 bits."""
-    for bits in _RATES:
-        spec = QuantizerSpec(Family.TCQ, bits, 16)
+    """Weights a second of every rate of both codes, and of PyTorch at 3 bits."""
+    for code, bits in itertools.product(KERNEL_CODES, _RATES):
+        spec = QuantizerSpec(Family.TCQ, bits, 16, code=code)
         coder, table, pairs = coder_of(spec), codebook(spec).to(device), gaussian_pairs(tiles, 2, str(device))
         coder.encode(pairs[:64], table)
         speed = pairs.numel() / seconds(lambda: coder.encode(pairs, table)) / 1e6  # noqa: B023
@@ -110,14 +112,15 @@ def rates(device: torch.device, tiles: int) -> Iterator[Row]:
 
 def divisions(device: torch.device, tiles: int) -> Iterator[Row]:
     """Other divisions of the work."""
-    for width, chosen in _DIVISIONS:
-        spec = QuantizerSpec(Family.TCQ, width / 2, 16)
-        points, pairs = coder_of(spec).points(codebook(spec).to(device), device), gaussian_pairs(tiles, 2, str(device))
+    for code, (width, chosen) in itertools.product(KERNEL_CODES, _DIVISIONS):
+        spec = QuantizerSpec(Family.TCQ, width / 2, 16, code=code)
+        coder, pairs = coder_of(spec), gaussian_pairs(tiles, 2, str(device))
+        points, mirrored = coder.points(codebook(spec).to(device), device), coder.mirrored
         if shared_bytes(16, width, 128, chosen) > device_limits(0).shared_bytes:
             continue
-        kernel = load(source(16, width, 128, chosen, mirrored=True), device)
-        encode(pairs[:64], points, width, mirrored=True, division=chosen)
-        took = seconds(lambda: encode(pairs, points, width, mirrored=True, division=chosen), 1)  # noqa: B023
+        kernel = load(source(16, width, 128, chosen, mirrored=mirrored), device)
+        encode(pairs[:64], points, width, mirrored=mirrored, division=chosen)
+        took = seconds(lambda: encode(pairs, points, width, mirrored=mirrored, division=chosen), 1)  # noqa: B023
         best = " *" if chosen == divide(16, width, 128, tiles, device_limits(0)) else ""
         what = f"{chosen} {kernel.registers} registers, {kernel.spilled_bytes} bytes spilled{best}"
         yield "divisions", spec.label, what, pairs.numel() / took / 1e6, "M weights/s"
@@ -125,12 +128,12 @@ def divisions(device: torch.device, tiles: int) -> Iterator[Row]:
 
 def windows(device: torch.device, tiles: int) -> Iterator[Row]:
     """Error with shorter first searches against the longest, relative."""
-    for bits in _RATES:
-        spec = QuantizerSpec(Family.TCQ, bits, 16)
+    for code, bits in itertools.product(KERNEL_CODES, _RATES):
+        spec = QuantizerSpec(Family.TCQ, bits, 16, code=code)
         coder, table, pairs = coder_of(spec), codebook(spec).to(device), gaussian_pairs(tiles, 3, str(device))
-        points, base = coder.points(table, device), 0.0
+        points, inputs, base = coder.points(table, device) / coder.gain, pairs / coder.gain, 0.0
         for steps in (128, 96, 64, 48, 32, 24, 16):
-            codes = encode(pairs, points, coder.width, mirrored=True, seam_steps=steps)
+            codes = encode(inputs, points, coder.width, mirrored=coder.mirrored, seam_steps=steps)
             error = float(squared_errors(coder, codes, pairs, table).sum())
             base = base or error
             used = " *" if steps == window(coder.width) else ""
@@ -140,7 +143,8 @@ def windows(device: torch.device, tiles: int) -> Iterator[Row]:
 def layer(device: torch.device) -> Iterator[Row]:
     """A whole layer: rotate, scale, encode, pack, refit; and the peak of GPU memory."""
     weight = torch.randn(4096, 14336, device=device, dtype=torch.bfloat16)
-    for spec in (QuantizerSpec(Family.HALF_TCQ, 3.25, 16), QuantizerSpec(Family.TCQ, 1.5, 16)):
+    rates = ((Family.HALF_TCQ, 3.25), (Family.TCQ, 1.5))
+    for spec in (QuantizerSpec(*rate, 16, code=code) for code in KERNEL_CODES for rate in rates):
         quantize(weight[:256], spec, rotation_seed=0)
         quantize(weight, spec, rotation_seed=0)
         torch.cuda.reset_peak_memory_stats(device)

@@ -27,13 +27,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.cuda.decode import kernel_arguments, new_workspace
+from ..kernels.cuda.decode import KERNEL_CODES, kernel_arguments, new_workspace
 from ..kernels.cuda.jit import Kernel, Source, device_arch, load
 from ..kernels.cuda.precompile import compile_all
 from ..kernels.cuda.tuning import Tuning, device_limits
-from ..kernels.specs import QuantizerSpec, default_palette, match_labels
+from ..kernels.specs import DEFAULT_STATE_BITS, QuantizerSpec
 from ..profiles.device import driver_version
 from ..profiles.kernel_timing import Pool, time_launches
+from ..profiles.options import parse_palette
 from .kernel_checks import check_all, check_sources
 from .kernel_sweep import H200, SHAPES, Case, cases, launch_of
 from .records import checkout_commit
@@ -43,8 +44,8 @@ READS = [
     (Source("read.cu", "read_direct", {"UNROLL": unroll, "READ_THREADS": threads}), blocks)
     for unroll, threads, blocks in ((8, 512, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 2))
 ]
-_QUICK = "nuq-2,nuq-3,nuq-4,vq-2,vq-3,vq-4,int-2,int-3,int-4,tcq-2,tcq-3,tcq-3.5,tcq-4,half-tcq-2.25,half-tcq-3.25"
-_SWEPT = ("nuq-2", "nuq-3", "nuq-4", "tcq-2", "tcq-3", "tcq-4")
+_QUICK = "nuq-[234],vq-[234],int-[234],tcq-[234],tcq-3.5,half-tcq-[23].25,tcq-3-hyb"
+_SWEPT = ("nuq-2", "nuq-3", "nuq-4", *(f"tcq-{bits}{code}" for code in ("", "-hyb") for bits in (2, 3, 4)))
 
 
 def compile_sources(sources: list[Source], arch: str, processes: int) -> None:
@@ -76,6 +77,7 @@ class Table:
             "kernel": kernel,
             "family": what.family if isinstance(what, QuantizerSpec) else "",
             "bits": what.bits if isinstance(what, QuantizerSpec) else what,
+            "code": what.code if isinstance(what, QuantizerSpec) and what.has_trellis else "",
             "shape": shape,
             "out_features": out_features,
             "in_features": in_features,
@@ -158,18 +160,22 @@ def summary(rows: list[dict[str, object]]) -> str:
     best: dict[tuple[object, ...], dict[object, float]] = {}
     for row in rows:
         if row["mode"] in ("cold", "floor"):
-            key: tuple[object, ...] = tuple(row[name] for name in ("kernel", "family", "bits", "batch", "programmatic"))
+            key: tuple[object, ...] = tuple(
+                row[name] for name in ("kernel", "family", "code", "bits", "batch", "programmatic")
+            )
             times = best.setdefault(key, {})
             times[row["shape"]] = min(times.get(row["shape"], float("inf")), float(str(row["median_us"])))
-    lines = ["kernel   family    bits batch pdl " + "".join(f"{shape:>9}" for shape in SHAPES) + "      sum   / floor"]
+    lines = [
+        "kernel   family    code bits batch pdl " + "".join(f"{shape:>9}" for shape in SHAPES) + "      sum   / floor"
+    ]
     for key, times in best.items():
         if len(times) < len(SHAPES):
             continue
         total = sum(times.values())
-        floor = best.get(("read", "", key[2], 1, key[4]))
+        floor = best.get(("read", "", "", key[3], 1, key[5]))
         ratio = f"{total / sum(floor.values()):8.2f}" if floor else ""
         lines.append(
-            f"{key[0]!s:8} {key[1]!s:9} {key[2]!s:>4} {key[3]!s:>5} {key[4]!s:>3} "
+            f"{key[0]!s:8} {key[1]!s:9} {key[2]!s:4} {key[3]!s:>4} {key[4]!s:>5} {key[5]!s:>3} "
             + "".join(f"{times[shape]:9.2f}" for shape in SHAPES)
             + f"{total:9.2f}{ratio}"
         )
@@ -181,11 +187,12 @@ def parts(rows: list[dict[str, object]]) -> str:
     times: dict[tuple[object, ...], dict[object, object]] = {}
     for row in rows:
         if row["kernel"] == "decode" and row["batch"] == 1 and not row["programmatic"]:
-            shapes = times.setdefault((row["family"], row["bits"], row["mode"]), {})
+            shapes = times.setdefault((row["family"], row["code"], row["bits"], row["mode"]), {})
             shapes.setdefault(row["shape"], row["median_us"])
-    lines = ["family    bits mode             " + "".join(f"{shape:>9}" for shape in SHAPES)]
-    for (family, bits, mode), shapes in times.items():
-        lines.append(f"{family!s:9} {bits!s:>4} {mode!s:16} " + "".join(f"{shapes.get(s, ''):>9}" for s in SHAPES))
+    lines = ["family    code bits mode             " + "".join(f"{shape:>9}" for shape in SHAPES)]
+    for (family, code, bits, mode), shapes in times.items():
+        what = f"{family!s:9} {code!s:4} {bits!s:>4} {mode!s:16} "
+        lines.append(what + "".join(f"{shapes.get(s, ''):>9}" for s in SHAPES))
     return "\n".join(lines)
 
 
@@ -236,15 +243,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer quantizers and checks")
     parser.add_argument("--dry", action="store_true", help="compile everything for an H200, run nothing")
     parser.add_argument("--seconds", type=float, default=900.0, help="start no more cases after this long")
-    parser.add_argument("--quantizers", default="", help="globs of the labels to time, such as 'tcq-*,nuq-3'")
+    parser.add_argument("--quantizers", default="", help="globs of the labels to time, such as 'tcq-*,tcq-3-hyb'")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of them, those to time")
     parser.add_argument("--no-checks", action="store_true")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="that compile")
     parser.add_argument("--commit", help="to be recorded; git's by default")
     arguments = parser.parse_args()
-    palette = {spec.label: spec for spec in default_palette()}
-    wanted = arguments.quantizers or (_QUICK if arguments.quick else "*")
-    specs = [palette[label] for label in match_labels(list(palette), wanted)]
+    wanted = arguments.quantizers or (_QUICK if arguments.quick else "*,tcq-[234]-hyb")
+    specs = list(parse_palette(wanted, DEFAULT_STATE_BITS))
+    if unknown := [spec.label for spec in specs if spec.code not in KERNEL_CODES]:
+        parser.error(f"expected quantizers with a kernel; got {', '.join(unknown)}.")
     swept = [spec for spec in specs if spec.label in _SWEPT]
     limits = H200 if arguments.dry else device_limits(torch.cuda.current_device())
     shapes = arguments.shapes.split(",")

@@ -29,18 +29,21 @@ import torch
 
 from ..kernels.cuda.jit import compile_cubin
 from ..kernels.cuda.tuning import Limits, launch_for, tune
-from ..kernels.specs import QuantizerSpec, default_palette
+from ..kernels.mad import mad_code
+from ..kernels.specs import QuantizerSpec, TrellisCode
+from .kernel_checks import CHECKED
 from .records import checkout_commit
 
 _LIMITS = Limits(132, 227 << 10)
-_PAIRS_PER_MULTIPLICATION = 4  # of a lane
+_PAIRS_PER_MULTIPLICATION = 4  # of a lane, for one hash
+_MULTIPLICATIONS = ("HMMA", "IMMA")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);")
 _LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
 _UNITS = {
     "multiply": r"IMAD|HADD2|HFMA2|HMUL2|FFMA|FMUL|FADD",
     "alu": r"LOP3|SHF|PRMT|IADD3|VIADD|ISETP|MOV|SEL|LEA|PLOP3|IMNMX|VIMNMX",
     "shared": r"LDS|STS|SHFL",
-    "tensor": r"HMMA",
+    "tensor": "|".join(_MULTIPLICATIONS),
     "uniform": r"U[A-Z]|R2UR|S2UR",
 }
 
@@ -72,7 +75,7 @@ def inner_loop(listing: str) -> list[tuple[str, str]]:
         target = re.search(r"\((\.L_x_\d+)\)", operands) if opcode.startswith("BRA") else None
         start = labels.get(target[1], end + 1) if target else end + 1
         body = instructions[start : end + 1]
-        if any(name.startswith("HMMA") for name, _ in body) and (not best or len(body) < len(best)):
+        if any(name.startswith(_MULTIPLICATIONS) for name, _ in body) and (not best or len(body) < len(best)):
             best = body
     return best
 
@@ -82,6 +85,13 @@ def wavefronts(opcode: str, operands: str) -> int:
     if not opcode.startswith(("LDS", "STS", "SHFL")):
         return 0
     return 4 if ".128" in opcode else 2 if ".64" in opcode else 1
+
+
+def hashes(spec: QuantizerSpec) -> int:
+    """Multiplications of the same pairs, one for each hash of MAD; of two rates, the one with the shorter loop."""
+    if spec.code is not TrellisCode.MAD:
+        return 1
+    return min(len(mad_code(int(2 * rate)).multipliers) for rate in spec.rates)
 
 
 def count(spec: QuantizerSpec, arch: str, nvdisasm: str) -> dict[str, object]:
@@ -95,11 +105,12 @@ def count(spec: QuantizerSpec, arch: str, nvdisasm: str) -> dict[str, object]:
         Path(file.name).write_bytes(code)
         listing = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
     body = inner_loop(listing)
-    pairs = _PAIRS_PER_MULTIPLICATION * sum(opcode.startswith("HMMA") for opcode, _ in body)
+    pairs = _PAIRS_PER_MULTIPLICATION * sum(opcode.startswith(_MULTIPLICATIONS) for opcode, _ in body) // hashes(spec)
     units: Counter[str] = Counter()
     for opcode, _ in body:
         units[next((unit for unit, names in _UNITS.items() if re.match(names, opcode)), "other")] += 1
-    row: dict[str, object] = {"family": spec.family, "bits": spec.bits, "arch": arch, "pairs_in_loop": pairs}
+    row: dict[str, object] = {"family": spec.family, "bits": spec.bits, "code": spec.code if spec.has_trellis else ""}
+    row |= {"arch": arch, "pairs_in_loop": pairs}
     row |= {"issued": round(len(body) / pairs, 2)}
     row |= {unit: round(units[unit] / pairs, 2) for unit in (*_UNITS, "other")}
     row["wavefronts"] = round(sum(wavefronts(*instruction) for instruction in body) / pairs, 2)
@@ -118,7 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     nvdisasm = disassembler()
     rows = []
-    for spec in default_palette():
+    for spec in CHECKED:
         rows.append(count(spec, arguments.arch, nvdisasm))
         print(spec.label, rows[-1]["issued"], rows[-1]["alu"], rows[-1]["multiply"], rows[-1]["wavefronts"], flush=True)
     with arguments.out.open("w", newline="") as file:

@@ -107,7 +107,8 @@ def _profile(directory: Path, out: Path) -> Profile:
     settings = ProfileSettings(specs=parse_palette(PALETTE, STATE_BITS), tokens=TOKENS)
     if (out / MANIFEST_FILE).exists():
         found = load_profile(out)
-        if set(found.labels) != {spec.label for spec in settings.specs} or found.manifest.model.name != MODEL:
+        specs = {found.spec(label) for label in found.labels}
+        if specs != set(settings.specs) or found.manifest.model.name != MODEL:
             raise PlanError(f"{out} is not the demo's profile; remove it or choose another --out.")
         return found
     return run_profile(directory, out, settings, name=MODEL, engine=Engine())  # a process for each core

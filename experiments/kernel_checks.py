@@ -16,7 +16,7 @@ from ..kernels.cuda.jit import Source
 from ..kernels.cuda.layout import prepare
 from ..kernels.cuda.tuning import Limits, Tuning, device_limits, launch_for, tune
 from ..kernels.quantize import QuantizedWeight, decode, from_tensors, tensor_shapes
-from ..kernels.specs import QuantizerSpec, default_palette
+from ..kernels.specs import QuantizerSpec, default_palette, every_quantizer
 
 LARGEST_ERROR = 2e-3
 """Of a product against fp64, relative, in the Frobenius norm; rounding the result to bf16 alone takes 1.7e-3."""
@@ -87,6 +87,10 @@ def check_product(
     return None
 
 
+_HYBRID = ("tcq-2.5-hyb", "tcq-4.5-hyb", "half-tcq-3.25-hyb")
+CHECKED = (*default_palette(), *(spec for spec in every_quantizer() if spec.label in _HYBRID))
+"""All quantizers of the palette, and some of the other code that the kernels know."""
+
 CHECK_TUNINGS = [
     None,
     Tuning(8, rows=1, splits=2),
@@ -99,8 +103,8 @@ def check_cases(
     thorough: bool,
 ) -> Iterator[tuple[QuantizerSpec, tuple[int, int], int, torch.dtype, bool, Tuning | None]]:
     """Products to check: every quantizer once, one of each family in every way (all of them when `thorough`)."""
-    deep = {"int-7", "nuq-3", "vq-5.5", "tcq-2.5", "tcq-4.5", "half-tcq-3.25"}
-    for spec in default_palette():
+    deep = {"int-7", "nuq-3", "vq-5.5", "tcq-2.5", "tcq-4.5", "half-tcq-3.25", *_HYBRID}
+    for spec in CHECKED:
         yield spec, (272, 1056), 1, torch.float16, False, None
         if thorough or spec.label in deep:
             for batch, tuning in itertools.product((1, 3, 8, 13), CHECK_TUNINGS):
@@ -113,7 +117,7 @@ def check_all(device: torch.device, thorough: bool) -> int:
     """Run the checks, print what fails; the number of failures."""
     failures = checks = 0
     limits = device_limits(device.index)
-    for spec in default_palette():
+    for spec in CHECKED:
         checks += 1
         problem = check_dequantized(spec, 272, 1056, device)
         if problem:
@@ -133,7 +137,7 @@ def check_all(device: torch.device, thorough: bool) -> int:
 
 def check_sources(limits: Limits, thorough: bool) -> Iterator[Source]:
     """The kernels that `check_all` needs."""
-    for spec in default_palette():
+    for spec in CHECKED:
         for rate, dtype in itertools.product(spec.rates, (torch.float16, torch.bfloat16)):
             yield dequantize_source(spec, rate, dtype)[0]
     for spec, shape, batch, dtype, _, tuning in check_cases(thorough):

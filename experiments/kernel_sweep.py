@@ -48,7 +48,9 @@ PARTS = {"lookups": 1, "table": 2, "tokens": 4, "weights": 8, "adding": 16, "mem
 
 
 def tables(spec: QuantizerSpec) -> list[tuple[int, bool]]:
-    """Copies of the table, and whether a trellis code's holds both signs."""
+    """Copies of the table, and whether a trellis code's holds both signs; one choice where there is no table."""
+    if not spec.table_bytes:
+        return [(32, True)]
     if spec.has_trellis:
         return [(32, True), (32, False), (16, True), (16, False), (8, False)]
     return [(32, True), (8, True), (1, True)]

@@ -6,13 +6,17 @@ writes ``codebooks.safetensors`` and ``gaussian_errors.csv``, both shipped in ``
 ``--quantizers`` it replaces only their rows in an output folder that holds the others. The trellis tables were made on
 an NVIDIA H200 with the defaults (commit df7d29c, when the search looked at 64 steps on each side of the seam for 4 to 8
 bits a step and 32 above: errors differ from now by 1e-3 at most), the plane tables with ``--families vq --tiles 65536
---iterations 100``. The errors of codes without a table are of 2^20 weights at the scales in use.
+--iterations 100``. The errors of `1mad` and `3inst` are of 2^20 weights.
 
 Scalar tables are Lloyd-Max levels by numerical iteration; plane tables come from k-means; trellis tables start from
 k-means on the half plane (the sign bit of the HYB code mirrors the first coordinate) and are improved by Lloyd
 iterations on their own Viterbi assignments: each entry moves to the mean of the pairs it served. Every iteration draws
 new samples, so that nothing is fitted to one of them; the last third draws four times as many. `half_tcq` trains one
-table on both of its rates. The codes without a table are measured over a range of scales, which are printed.
+table on both of its rates.
+
+Trellis codes without a table have nothing to train, only errors to measure: those of `mad`, whose constants come from
+`search_mad`, with ``--quantizers "tcq-?,tcq-?.5,half-tcq-*5"``. Those of `1mad` and `3inst`, with ``--quantizers
+"tcq-*-1mad,tcq-*-3inst"``, are also measured over a range of scales, which are printed.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import argparse
 import csv
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,7 +48,9 @@ from ..kernels.specs import (
     match_labels,
 )
 
-_NO_TABLE = torch.empty(0, 1, dtype=torch.float16)
+NO_TABLE = torch.empty(0, 1, dtype=torch.float16)
+_AT_ONCE = 1 << 14
+"""Tiles that are encoded at once."""
 
 
 def gaussian_pairs(tiles: int, seed: int, device: str) -> Tensor:
@@ -110,17 +117,22 @@ def measure(spec: QuantizerSpec, table: Tensor, samples: Tensor) -> float:
     for coder, pairs in zip(coders(spec), samples.split(list(spec.segment_tiles(TILE * len(samples)))), strict=True):
         if spec.family is Family.INT:
             wrong += _integer_error(coder, pairs)
-            continue
-        for part in pairs.split(1 << 14):
-            wrong += float((coder.decode(coder.encode(part, table), table) - part).double().square().sum())
+        else:
+            wrong += squared_error(coder, table, pairs)
     return wrong / float(samples.double().square().sum())
+
+
+def squared_error(coder: PairCoder, table: Tensor, pairs: Tensor) -> float:
+    """Sum over all weights of ``(tiles, 128, 2)``."""
+    parts = pairs.split(_AT_ONCE)
+    return sum(float((coder.decode(coder.encode(p, table), table) - p).double().square().sum()) for p in parts)
 
 
 def _integer_error(coder: PairCoder, pairs: Tensor) -> float:
     """Squared error of `int` at its best step for a Gaussian (a row of a real layer chooses its own)."""
     best = math.inf
     for step in torch.logspace(-2, 0.3, 240).tolist():
-        decoded = coder.decode(coder.encode(pairs / step, _NO_TABLE), _NO_TABLE) * step
+        decoded = coder.decode(coder.encode(pairs / step, NO_TABLE), NO_TABLE) * step
         best = min(best, float((decoded - pairs).double().square().sum()))
     return best
 
@@ -128,7 +140,7 @@ def _integer_error(coder: PairCoder, pairs: Tensor) -> float:
 def train(spec: QuantizerSpec, device: str, tiles: int, iterations: int, seed: int) -> Tensor:
     """The fp16 table of one quantizer."""
     if not spec.table_bytes:
-        return _NO_TABLE
+        return NO_TABLE
     if spec.family is Family.NUQ:
         return lloyd_max(spec.codebook_shape[0])
     start = torch.randn(spec.codebook_shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -143,9 +155,9 @@ def train(spec: QuantizerSpec, device: str, tiles: int, iterations: int, seed: i
 
 
 def best_scale(spec: QuantizerSpec, samples: Tensor) -> tuple[float, float]:
-    """(factor, error): what the scale of a code without a table should be multiplied by, and its error then."""
+    """(factor, error): what the scale of a code of single weights should be multiplied by, and its error then."""
     # to divide the samples is the same
-    tried = [(measure(spec, _NO_TABLE, samples / scale), scale) for scale in (0.76 + 0.02 * i for i in range(22))]
+    tried = [(measure(spec, NO_TABLE, samples / scale), scale) for scale in (0.76 + 0.02 * i for i in range(22))]
     error, scale = min(tried)
     return scale, error
 
@@ -182,7 +194,7 @@ def main() -> None:
             output.keep(key, train(spec, arguments.device, arguments.tiles, arguments.iterations, arguments.seed))
         lookup = spec.code is TrellisCode.LUT
         for length in arguments.lengths if spec.has_trellis and not lookup else [spec.state_bits]:
-            variant = QuantizerSpec(spec.family, spec.bits, length, spec.table_bits, spec.code)
+            variant = replace(spec, state_bits=length)
             error = measure(variant, output.fresh[key].to(arguments.device), fresh)
             output.errors[variant] = error, fresh.numel()
             print(f"{variant.label:20s} {error:.6f}  {time.perf_counter() - begun:6.1f} s", flush=True)

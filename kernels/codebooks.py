@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .errors import QuantizerError
@@ -42,7 +43,7 @@ def codebook(spec: QuantizerSpec) -> Tensor:
         QuantizerError: the data file lacks it or holds another shape, or none ships.
     """
     if not spec.table_bytes:
-        return Tensor().half()
+        return torch.empty(spec.codebook_shape, dtype=torch.float16)
     if spec.code is TrellisCode.LUT:
         raise QuantizerError(
             f"{spec.label} ships no table: train one (experiments/train_codebooks.py --lookup-tables) and pass it as "

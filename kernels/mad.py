@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 TWO_HASHES_FROM = 7
 """Bits of a pair from which its weights have two hashes: the tails matter there."""
@@ -35,30 +34,33 @@ class MadCode:
 
     Attributes:
         multipliers, addends: of each hash, 32 bits.
-        gain: brings the weights to the scale of least error on N(0,1).
+        deviation: standard deviation of the weights, the bytes taken as uniform: that of least error on N(0,1).
     """
 
     multipliers: tuple[int, ...]
     addends: tuple[int, ...]
-    gain: float
+    deviation: float
+
+    @property
+    def gain(self) -> float:
+        """Factor of the sums of bytes, a multiple of 2^-20."""
+        gain = self.deviation / (_DEVIATION * math.sqrt(len(self.multipliers)))
+        return math.ldexp(round(math.ldexp(gain, 20)), -20)
 
 
-_FOUND: dict[int, tuple[tuple[int, ...], tuple[int, ...], float]] = {
-    3: ((1914290651,), (1069721864,), 0.96),
-    4: ((3618196973,), (838898922,), 1.02),
-    5: ((980954811,), (2058577410,), 1.06),
-    6: ((1555401615,), (594459167,), 1.12),
-    7: ((1555401615, 4140675833), (594459167, 1761155288), 1.12),
-    8: ((3477396799, 64427653), (3824155072, 3572131280), 1.10),
-    9: ((1992583343, 2978295591), (1401419283, 2724953954), 1.13),
-    10: ((3477396799, 562499339), (3824155072, 1800581261), 1.18),
+_FOUND = {
+    3: MadCode((1914290651,), (1069721864,), 0.96),
+    4: MadCode((3618196973,), (838898922,), 1.02),
+    5: MadCode((980954811,), (2058577410,), 1.06),
+    6: MadCode((1555401615,), (594459167,), 1.12),
+    7: MadCode((1555401615, 4140675833), (594459167, 1761155288), 1.12),
+    8: MadCode((3477396799, 64427653), (3824155072, 3572131280), 1.10),
+    9: MadCode((1992583343, 2978295591), (1401419283, 2724953954), 1.13),
+    10: MadCode((3477396799, 562499339), (3824155072, 1800581261), 1.18),
 }
-"""By bits of a pair: multipliers, addends, the weights' standard deviation; found by ``experiments/search_mad.py``."""
+"""By bits of a pair, from `experiments/search_mad.py`."""
 
 
-@cache
 def mad_code(width: int) -> MadCode:
     """The code of pairs of `width` bits, 3 to `LARGEST_WIDTH`."""
-    multipliers, addends, deviation = _FOUND[width]
-    gain = deviation / (_DEVIATION * math.sqrt(len(multipliers)))
-    return MadCode(multipliers, addends, math.ldexp(round(math.ldexp(gain, 20)), -20))
+    return _FOUND[width]

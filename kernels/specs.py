@@ -15,6 +15,7 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import cast
 
 from .errors import QuantizerError
 
@@ -116,7 +117,7 @@ class QuantizerSpec:
         family = Family(self.family)
         if self.bits not in _RATES[family]:
             raise QuantizerError(f"{family} comes in {_RATES[family]}; got {self.bits:g}.")
-        if not self.code:
+        if cast("TrellisCode | None", self.code) is None:
             tabled = not self.has_trellis or self.table_bits > 0
             object.__setattr__(self, "code", TrellisCode.HYB if tabled else TrellisCode.MAD)
         if self.has_trellis:

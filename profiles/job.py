@@ -171,7 +171,7 @@ def run_profile(
     make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
-    job |= {"model": digest, "quantizers": [spec.label for spec in settings.specs], "text": _text_digest(settings)}
+    job |= {"model": digest, "quantizers": [asdict(spec) for spec in settings.specs], "text": _text_digest(settings)}
     with Journal(journal_path, job, restart=restart) as journal:
         sweep_temporaries(out)
         if restart:

@@ -94,7 +94,7 @@ def run_latency_profile(
     make_directory(out, restart=restart)
     job: dict[str, Any] = {key: str(value) for key, value in asdict(settings).items() if key != "specs"}
     job |= {"device": describe_device(device).model_dump(mode="json"), "msq": __version__, "torch": torch.__version__}
-    job |= {"config": sha256_file(config), "quantizers": [spec.label for spec in settings.specs]}
+    job |= {"config": sha256_file(config), "quantizers": [asdict(spec) for spec in settings.specs]}
     with Journal(out / JOURNAL_FILE, job, restart=restart) as journal:
         sweep_temporaries(out)
         if (out / MANIFEST_FILE).exists():  # interrupted before the journal was removed

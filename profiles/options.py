@@ -57,8 +57,8 @@ def parse_palette(globs: str | None, state_bits: int) -> tuple[QuantizerSpec, ..
     """The quantizers that globs on labels select, of all that ship; the default palette without globs.
 
     A glob that matches quantizers of the default palette selects those; one that matches none selects among all that
-    ship (``half-tcq-*.?[27]5``, ``tcq-4-T12``, ``tcq-*-3inst``). A glob without a trellis length matches every length:
-    ``tcq-3`` selects ``tcq-3-L12`` when L is 12.
+    ship (``half-tcq-*.?[27]5``, ``tcq-*-hyb``, ``tcq-4-hyb-T12``). A glob without a trellis length matches every
+    length: ``tcq-3`` selects ``tcq-3-L12`` when L is 12.
 
     Raises:
         QuantizerError: a glob selects nothing, or the trellis length doesn't fit what is selected.

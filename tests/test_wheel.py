@@ -18,10 +18,10 @@ for name in modules:
     importlib.import_module(name)
 from msq.kernels.codebooks import codebook
 from msq.kernels.cuda.compiler import SOURCES
-from msq.kernels.specs import default_palette
+from msq.kernels.specs import Family, QuantizerSpec
 from msq.profiles.inventory import inventory
 from msq.profiles.model_source import resolve_model
-print(json.dumps([msq.__file__, len(modules), len(codebook(default_palette()[-1])),
+print(json.dumps([msq.__file__, len(modules), len(codebook(QuantizerSpec(Family.VQ, 6))),
                   sorted(path.name for path in SOURCES.iterdir()),
                   len(inventory(resolve_model("ref-tiny-3m")).layers)]))
 """

@@ -9,7 +9,7 @@ L = 16, s and 65535 - s have the same hash.
 the sum of its four bytes, or of two fp16 numbers made of its halves. A state stands for one weight. The values are
 scaled for each rate to least error on N(0,1) and rounded to fp16.
 
-MAD, the default, does the same for pairs: see `kernels.mad`. Its values are fp32, a small integer times a gain.
+MAD, the default, does the same for pairs: see `kernels.mad`. Its values are fp32, a small multiple of 1/4 times a gain.
 
 LUT: a table of all states, pairs.
 """
@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..mad import DIAGONAL, mad_code
+from ..mad import DIAGONAL, MadCode, mad_code
 from ..specs import TrellisCode
 
 _ONE_MAD = (34038481, 76625530)
@@ -73,16 +73,19 @@ def _congruential(state_bits: int, multiplier: int, addend: int) -> Tensor:
     return torch.arange(1 << state_bits, dtype=torch.int64) * multiplier + addend & 0xFFFFFFFF
 
 
-@cache
-def _mad_points(state_bits: int, width: int, device: torch.device) -> Tensor:
+def mad_points(code: MadCode, state_bits: int) -> Tensor:
     """``(2**state_bits, 2)`` float32."""
-    code = mad_code(width)
     total = torch.zeros(1 << state_bits, 2, dtype=torch.float64)
     for multiplier, addend in zip(code.multipliers, code.addends, strict=True):
         hashed = _congruential(state_bits, multiplier, addend)
         low, second, third, high = (((hashed >> 8 * i & 255) ^ 128) - 128 for i in range(4))
         total += torch.stack([high + DIAGONAL * (third - low), second + DIAGONAL * (third + low)], dim=1)
-    return (total * code.gain).float().to(device)
+    return (total * code.gain).float()
+
+
+@cache
+def _mad_points_of(width: int, state_bits: int, device: torch.device) -> Tensor:
+    return mad_points(mad_code(width), state_bits).to(device)
 
 
 @cache
@@ -120,7 +123,7 @@ def state_points(
     """
     device = device or codebook.device
     if code is TrellisCode.MAD:
-        return _mad_points(state_bits, width, device)
+        return _mad_points_of(width, state_bits, device)
     if code in (TrellisCode.ONE_MAD, TrellisCode.THREE_INST):
         return _calculated(code, state_bits, width // 2, device)
     index, sign = table_indices(code, state_bits, len(codebook), device)

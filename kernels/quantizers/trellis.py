@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..mad import mad_code
 from ..packing import sliding_states
 from ..specs import TILE, QuantizerSpec, TrellisCode
 from .base import PairCoder
@@ -27,6 +28,10 @@ class TrellisCoder(PairCoder):
         self.width = int(2 * rate)
         self.state_bits = spec.state_bits
         self.code = spec.code
+        self.gain = mad_code(self.width).gain if spec.code is TrellisCode.MAD else 1.0
+        """Without this factor the points are exact in fp16, but for the outermost of MAD with two hashes."""
+        self.mirrored = spec.code is TrellisCode.HYB and spec.state_bits == 16
+        """Whether states s and 65535 - s stand for the same point."""
         self.step_width = self.width // spec.pair_steps
         self._weights_per_step = 2 // spec.pair_steps
 
@@ -40,8 +45,8 @@ class TrellisCoder(PairCoder):
         if pairs.is_cuda and kernel_problem(pairs.device) is None:
             from ..cuda.viterbi import encode
 
-            mirrored = self.code is TrellisCode.HYB and self.state_bits == 16
-            steps = encode(inputs, points, self.step_width, mirrored=mirrored)
+            # The kernel rounds points to fp16.
+            steps = encode(inputs / self.gain, points / self.gain, self.step_width, mirrored=self.mirrored)
         else:
             steps = viterbi_encode(inputs, points, self.step_width)
         return steps if self._weights_per_step == 2 else steps[:, ::2] | steps[:, 1::2] << self.step_width

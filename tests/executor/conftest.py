@@ -64,6 +64,8 @@ def hand_made_plan(model_dir, assignment, *, head=None):
         assignment: by roles of a pattern, the quantizer; implementations are those for a GPU.
         head: as for `inventory`.
     """
+    from dataclasses import asdict
+
     from msq.planner.plan import (
         Plan,
         PlanBudget,
@@ -96,9 +98,6 @@ def hand_made_plan(model_dir, assignment, *, head=None):
         budgets=(PlanBudget(text="memory=1GiB", resource="memory", cap=2**30),),
         promised=Promise(loss=0, memory_bytes=size, bits_per_weight=8 * size / info.planned_parameters),
         solver=SolverReport(name="hand", status="feasible", objective=0, **report),
-        quantizers={
-            label: PlanQuantizer(family=spec.family, bits=spec.bits, state_bits=spec.state_bits)
-            for label, spec in specs.items()
-        },
+        quantizers={label: PlanQuantizer.model_validate(asdict(spec)) for label, spec in specs.items()},
         layers=tuple(layers),
     )

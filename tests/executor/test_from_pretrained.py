@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from msq.planner.executor.apply import apply_plan
 from msq.planner.executor.errors import CheckpointError
 from msq.planner.executor.load import load_checkpoint, read_tensors
+from msq.planner.executor.manifest import parse_quantization_config
 from msq.planner.executor.transformers_plugin import MsqQuantizer, to_device
 
 from .conftest import hand_made_plan
@@ -21,7 +23,7 @@ ASSIGNMENT = {
     ("k_proj",): QuantizerSpec(Family.INT, 4),
     ("o_proj",): QuantizerSpec(Family.HALF_TCQ, 3.25, 9),
     ("gate_proj", "up_proj"): QuantizerSpec(Family.VQ, 3),
-    ("down_proj",): QuantizerSpec(Family.NUQ, 3),
+    ("down_proj",): QuantizerSpec(Family.TCQ, 2.5, 9, code=TrellisCode.HYB),
     ("lm_head",): QuantizerSpec(Family.NUQ, 5),
 }
 
@@ -55,6 +57,17 @@ def test_from_pretrained_gives_the_model_of_load_checkpoint(checkpoint):
         assert torch.equal(model(tokens).logits, expected(tokens).logits)
     settings = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(tokens[:1], **settings), expected.generate(tokens[:1], **settings))
+
+
+def test_a_config_without_codes_has_those_there_were_before_codes(checkpoint):
+    written = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    usual = parse_quantization_config(written, "config.json")
+    assert {fields["code"] for fields in written["quantizers"].values()} == {TrellisCode.HYB, TrellisCode.MAD}
+    for fields in written["quantizers"].values():
+        if fields["code"] == TrellisCode.HYB:
+            del fields["code"], fields["table_bits"]
+    older = parse_quantization_config(written, "config.json")
+    assert all(older.spec(layer) == usual.spec(layer) for layer in usual.layers)
 
 
 def test_saving_gives_the_stored_tensors_and_saving_again_the_same_files(checkpoint, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from msq.experiments.evaluate import evaluate
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from msq.planner.executor import model_tuning
 from msq.planner.executor import tuning as tuning_module
 from msq.planner.executor.apply import apply_plan, work_directory
@@ -23,10 +23,10 @@ from ..conftest import build_tiny_model
 from .conftest import hand_made_plan
 
 ASSIGNMENT = {
-    ("q_proj", "k_proj", "v_proj"): QuantizerSpec(Family.TCQ, 2, 9),
+    ("q_proj", "k_proj", "v_proj"): QuantizerSpec(Family.TCQ, 2, 9, code=TrellisCode.HYB),
     ("o_proj",): QuantizerSpec(Family.INT, 3),
     ("gate_proj", "up_proj"): QuantizerSpec(Family.NUQ, 2),
-    ("down_proj",): QuantizerSpec(Family.HALF_TCQ, 2.25, 9),
+    ("down_proj",): QuantizerSpec(Family.HALF_TCQ, 2.25, 9),  # no table to tune
     ("lm_head",): QuantizerSpec(Family.NUQ, 4),
 }
 COARSE = QuantizerSpec(Family.NUQ, 2)

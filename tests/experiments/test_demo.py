@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 from msq.experiments import demo
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from msq.planner.errors import PlanError
 from msq.planner.executor.load import load_checkpoint
 from msq.planner.plan import load_plan
 from msq.profiles.engines import Engine
+from msq.profiles.schema import MANIFEST_FILE
 
 
 def test_the_demo_compares_three_models_and_leaves_its_files(tmp_path, monkeypatch, capsys):
@@ -26,3 +31,17 @@ def test_the_demo_compares_three_models_and_leaves_its_files(tmp_path, monkeypat
     assert load_checkpoint(tmp_path / "demo" / "msq") is not None
     with pytest.raises(PlanError, match="holds checkpoints of an earlier demo"):
         demo.run_demo(tmp_path / "demo")
+
+
+def test_labels_do_not_make_a_profile_the_demos(tmp_path, monkeypatch):
+    older = QuantizerSpec(Family.TCQ, 3, demo.STATE_BITS, code=TrellisCode.HYB)  # was called tcq-3-L12
+    found = SimpleNamespace(
+        labels=("tcq-3-L12",), spec=lambda _: older, manifest=SimpleNamespace(model=SimpleNamespace(name=demo.MODEL))
+    )
+    monkeypatch.setattr(demo, "PALETTE", "tcq-3")
+    monkeypatch.setattr(demo, "load_profile", lambda _: found)
+    (tmp_path / MANIFEST_FILE).touch()
+    with pytest.raises(PlanError, match="is not the demo's profile"):
+        demo._profile(tmp_path, tmp_path)
+    found.spec = lambda _: replace(older, table_bits=0, code=TrellisCode.MAD)
+    assert demo._profile(tmp_path, tmp_path) is found

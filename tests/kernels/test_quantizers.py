@@ -12,7 +12,14 @@ from msq.kernels.quantize import (
     quantize,
     tensor_shapes,
 )
-from msq.kernels.specs import SHIPPED_TABLE_BITS, Family, QuantizerSpec, default_palette, every_quantizer
+from msq.kernels.specs import (
+    SHIPPED_TABLE_BITS,
+    Family,
+    QuantizerSpec,
+    TrellisCode,
+    default_palette,
+    every_quantizer,
+)
 
 # Normalised error on N(0,1): Q-Palette's published tables (arXiv 2509.20214).
 PUBLISHED = {
@@ -23,13 +30,17 @@ PUBLISHED = {
     "nuq-8": 0.00004148, "vq-1.5": 0.20124, "vq-2": 0.10859, "vq-2.5": 0.05708, "vq-3": 0.02972, "vq-3.5": 0.01523,
     "vq-4": 0.00776, "vq-4.5": 0.00392, "vq-5": 0.001975, "vq-5.5": 0.000992, "vq-6": 0.0004995,
 }  # fmt: skip
-# What msq promises of its trellis tables on 16 M samples at L = 16.
+PUBLISHED |= {f"{label}-hyb": error for label, error in PUBLISHED.items() if "tcq" in label}
+# What msq promises of its trellis codes on 16 M samples at L = 16.
 PROMISED = {
-    "tcq-1.5": 0.1372, "tcq-2": 0.0700, "tcq-2.5": 0.0359, "tcq-3": 0.0186,
-    "tcq-3.5": 0.0096, "tcq-4": 0.0049, "tcq-4.5": 0.0026, "tcq-5": 0.00140,
+    "tcq-1.5": 0.1368, "tcq-2": 0.0704, "tcq-2.5": 0.0360, "tcq-3": 0.0187,
+    "tcq-3.5": 0.0094, "tcq-4": 0.0049, "tcq-4.5": 0.00250, "tcq-5": 0.00132,
+    "tcq-1.5-hyb": 0.1372, "tcq-2-hyb": 0.0700, "tcq-2.5-hyb": 0.0359, "tcq-3-hyb": 0.0186,
+    "tcq-3.5-hyb": 0.0096, "tcq-4-hyb": 0.0049, "tcq-4.5-hyb": 0.0026, "tcq-5-hyb": 0.00140,
 }  # fmt: skip
-BY_LABEL = {spec.label: spec for spec in default_palette()}
-SHORT = {spec.label: spec for spec in default_palette(12)}
+BY_LABEL = {spec.label: spec for spec in every_quantizer()}
+HYBRID = ("tcq-2-hyb-L12", "tcq-4.5-hyb-L12", "half-tcq-3.25-hyb-L12")
+SHORT = {s.label: s for s in every_quantizer(12) if s in default_palette(12) or s.label in HYBRID}
 
 
 @pytest.fixture(params=list(SHORT.values()), ids=list(SHORT))
@@ -79,26 +90,31 @@ def test_distortion_is_within_a_percent_of_the_published_or_better(label):
 
 
 @pytest.mark.parametrize("label", PROMISED)
-def test_trellis_tables_are_as_good_as_promised(label):
+def test_trellis_codes_are_as_good_as_promised(label):
     error = gaussian_error(BY_LABEL[label])
     assert error is not None
     assert 2 ** (-2 * BY_LABEL[label].bits) < error <= PROMISED[label]
 
 
-def test_rates_between_two_halves_lie_between_their_errors_and_larger_tables_below():
-    usual = [s for s in every_quantizer() if s.has_trellis and s == QuantizerSpec(s.family, s.bits, s.state_bits)]
+@pytest.mark.parametrize("code", [TrellisCode.MAD, TrellisCode.HYB])
+def test_rates_between_two_halves_lie_between_their_errors(code):
+    usual = [s for s in every_quantizer() if s.has_trellis and s == QuantizerSpec(s.family, s.bits, 16, code=code)]
     errors = {spec.bits: gaussian_error(spec) for spec in usual}
     assert len(errors) == 29 and None not in errors.values()
     ascending = [errors[bits] for bits in sorted(errors)]
     assert ascending == sorted(ascending, reverse=True)
+
+
+def test_larger_tables_have_smaller_errors():
     for bits, sizes in SHIPPED_TABLE_BITS.items():
-        specs = {QuantizerSpec(Family.TCQ, bits, 16, q) for q in sizes} | {QuantizerSpec(Family.TCQ, bits, 16)}
+        usual = QuantizerSpec(Family.TCQ, bits, 16, code=TrellisCode.HYB)
+        specs = {QuantizerSpec(Family.TCQ, bits, 16, q) for q in sizes} | {usual}
         by_size = [gaussian_error(spec) for spec in sorted(specs)]
         assert by_size == sorted(by_size, reverse=True)
 
 
-@pytest.mark.parametrize("label", ["tcq-2", "tcq-3", "tcq-4", "half-tcq-2.75"])
-def test_recorded_errors_are_what_the_shipped_tables_give(label):
+@pytest.mark.parametrize("label", ["tcq-2", "tcq-4", "half-tcq-3.25", "tcq-3-hyb", "half-tcq-2.75-hyb"])
+def test_recorded_errors_are_what_the_shipped_codes_give(label):
     """L = 16 on a small sample; the recorded value came from 16 M samples."""
     spec = BY_LABEL[label]
     sample = torch.randn(128, 256, generator=torch.Generator().manual_seed(4))

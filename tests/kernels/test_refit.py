@@ -9,7 +9,7 @@ import torch
 from msq.kernels.codebook_map import CodebookMap
 from msq.kernels.hessian import Hessian
 from msq.kernels.linear import QuantizedLinear, stack
-from msq.kernels.quantize import decode_unit, quantize
+from msq.kernels.quantize import decode_unit, from_tensors, quantize
 from msq.kernels.refit import FittedLayer, refit
 from msq.kernels.rotation import rotate, unrotate
 from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
@@ -18,10 +18,15 @@ from msq.kernels.tunable import TunableLinear
 WITH_CODEBOOK = (
     QuantizerSpec(Family.NUQ, 3),
     QuantizerSpec(Family.VQ, 2.5),
-    QuantizerSpec(Family.TCQ, 2, 10),
-    QuantizerSpec(Family.HALF_TCQ, 2.25, 10),
+    QuantizerSpec(Family.TCQ, 2, 10, code=TrellisCode.HYB),
+    QuantizerSpec(Family.HALF_TCQ, 2.25, 10, code=TrellisCode.HYB),
 )
-WITHOUT = (QuantizerSpec(Family.INT, 4), QuantizerSpec(Family.TCQ, 2, 10, 0, TrellisCode.ONE_MAD))
+WITHOUT = (
+    QuantizerSpec(Family.INT, 4),
+    QuantizerSpec(Family.TCQ, 2, 10),
+    QuantizerSpec(Family.HALF_TCQ, 3.25, 10),
+    QuantizerSpec(Family.TCQ, 2, 10, code=TrellisCode.ONE_MAD),
+)
 ROWS, COLUMNS, SEED = 24, 48, 5
 
 
@@ -83,6 +88,8 @@ def test_layers_that_were_fitted_can_still_be_fused():
 def test_without_a_codebook_nothing_is_left_to_fit(spec):
     weight = packed(spec)
     assert refit([FittedLayer(drawn(ROWS, COLUMNS), weight)])[0] is weight
+    loaded = from_tensors(spec, ROWS, COLUMNS, weight.rotation_seed, dict(weight.tensors()))
+    assert weight.codebook.shape == loaded.codebook.shape == spec.codebook_shape
 
 
 @pytest.mark.parametrize("spec", WITH_CODEBOOK + WITHOUT, ids=lambda spec: spec.label)

@@ -1,15 +1,32 @@
 """What trellis states stand for, against QTIP's own arithmetic; and the codes' way through encode and decode."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from msq.kernels.codebooks import gaussian_error
 from msq.kernels.errors import QuantizerError
-from msq.kernels.quantize import coders, decode, from_tensors, normalized_error, quantize, tensor_shapes
+from msq.kernels.mad import LARGEST_WIDTH, mad_code
+from msq.kernels.quantize import (
+    coders,
+    decode,
+    from_tensors,
+    normalized_error,
+    packed_names,
+    quantize,
+    tensor_shapes,
+)
 from msq.kernels.quantizers.codes import one_mad_values, state_points, three_inst_values
+from msq.kernels.quantizers.viterbi import viterbi_encode
 from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 
-CALCULATED = [TrellisCode.ONE_MAD, TrellisCode.THREE_INST]
+SINGLE_WEIGHTS = [TrellisCode.ONE_MAD, TrellisCode.THREE_INST]
+WITHOUT_TABLE = [
+    *(QuantizerSpec(Family.TCQ, bits, 11, code=code) for code in SINGLE_WEIGHTS for bits in (2, 4)),
+    *(QuantizerSpec(Family.TCQ, bits, 11) for bits in (1.5, 2, 3.5, 5)),
+    QuantizerSpec(Family.HALF_TCQ, 3.25, 11),
+]
 
 
 def test_one_mad_sums_the_bytes_of_a_hash():
@@ -29,6 +46,43 @@ def test_three_inst_adds_two_halves():
     assert float(values.mean()) == pytest.approx(0, abs=0.02) and 0.8 < float(values.std()) < 1.4
 
 
+def mad_values(width: int, state: int) -> tuple[float, float]:
+    """A state's pair, byte by byte."""
+    code, first, second = mad_code(width), 0.0, 0.0
+    for multiplier, addend in zip(code.multipliers, code.addends, strict=True):
+        hashed = ((multiplier * state + addend) % 2**32).to_bytes(4, "little")
+        q0, q1, q2, q3 = (byte - 256 if byte > 127 else byte for byte in hashed)
+        first += q3 + 0.75 * (q2 - q0)
+        second += q1 + 0.75 * (q2 + q0)
+    return code.gain * first, code.gain * second
+
+
+@pytest.mark.parametrize("width", range(3, LARGEST_WIDTH + 1))
+def test_mad_takes_the_bytes_of_its_hashes_along_four_directions(width):
+    points = state_points(torch.empty(0, 1), 16, TrellisCode.MAD, width)
+    for state in (0, 1, 255, 40000, 65535):
+        assert points[state].tolist() == [float(np.float32(value)) for value in mad_values(width, state)]
+    assert points.shape == (65536, 2) and float(points.mean(0).abs().max()) < 0.02
+    deviations, correlation = points.std(0), float(torch.corrcoef(points.T)[0, 1])
+    assert deviations.tolist() == pytest.approx([mad_code(width).deviation] * 2, rel=0.02) and abs(correlation) < 0.03
+
+
+@pytest.mark.parametrize("width", range(3, LARGEST_WIDTH + 1))
+def test_points_of_mad_are_found_in_fp16_too_before_their_gain(width):
+    """Kernels search among points in fp16."""
+    (coder,) = coders(QuantizerSpec(Family.TCQ, width / 2, 12))
+    points = coder.points(torch.empty(0, 1), torch.device("cpu"))
+    halves = (points / coder.gain).half().float()
+    assert torch.allclose(halves * coder.gain, points, rtol=2e-7 if len(mad_code(width).multipliers) == 1 else 5e-4)
+    pairs = torch.randn(8, 128, 2, generator=torch.Generator().manual_seed(width))
+    found = viterbi_encode(pairs / coder.gain, halves, width)
+    own, expected = (
+        float((coder.decode(codes, torch.empty(0, 1)) - pairs).double().square().sum())
+        for codes in (found, coder.encode(pairs, torch.empty(0, 1)))
+    )
+    assert own == pytest.approx(expected, rel=1e-5)
+
+
 def test_states_and_their_mirror_images_share_a_hash_at_16_bits():
     points = state_points(torch.randn(512, 2), 16)
     assert torch.equal(points, points.flip(0))
@@ -36,7 +90,7 @@ def test_states_and_their_mirror_images_share_a_hash_at_16_bits():
     assert not torch.equal(shorter, shorter.flip(0))
 
 
-@pytest.mark.parametrize("code", CALCULATED)
+@pytest.mark.parametrize("code", SINGLE_WEIGHTS)
 @pytest.mark.parametrize("bits", [2, 3])
 def test_a_state_of_one_weight_is_the_window_that_begins_with_its_bits(code, bits):
     """Decoded weight w is the value of the 11 stream bits from bit w * bits on; the packed stream is that of `tcq`."""
@@ -46,24 +100,20 @@ def test_a_state_of_one_weight_is_the_window_that_begins_with_its_bits(code, bit
     decoded = coder.decode(codes, torch.empty(0, 1)).flatten()
     stream = sum(int(c) << i * coder.width for i, c in enumerate(codes[0]))
     circle = stream | stream << 256 * bits
-    values = state_points(torch.empty(0, 1), 11, code, bits).flatten()
+    values = state_points(torch.empty(0, 1), 11, code, coder.width).flatten()
     expected = [float(values[circle >> bits * w & 0x7FF]) for w in range(256)]
     assert decoded.tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [QuantizerSpec(Family.TCQ, bits, 11, code=code) for code in CALCULATED for bits in (2, 4)],
-    ids=lambda spec: spec.label,
-)
+@pytest.mark.parametrize("spec", WITHOUT_TABLE, ids=lambda spec: spec.label)
 def test_codes_without_a_table_store_codes_and_scales_alone(spec):
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     quantized = quantize(weight, spec, rotation_seed=3)
     stored = dict(quantized.tensors())
-    assert set(stored) == {"packed", "scales"} == set(tensor_shapes(spec, 32, 64))
+    assert set(stored) == {*packed_names(spec), "scales"} == set(tensor_shapes(spec, 32, 64))
     assert quantized.size_bytes == spec.size_bytes(32, 64)
     assert torch.equal(decode(from_tensors(spec, 32, 64, 3, stored)), decode(quantized))
-    recorded = gaussian_error(QuantizerSpec(Family.TCQ, spec.bits, 12, code=spec.code))
+    recorded = gaussian_error(replace(spec, state_bits=12))
     assert recorded is not None
     assert normalized_error(weight, quantized) < 1.6 * recorded
 

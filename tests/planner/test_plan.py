@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from msq.planner.budget import parse_budgets
 from msq.planner.errors import PlanError
-from msq.planner.plan import Plan, load_plan, save_plan
+from msq.planner.plan import Plan, PlanQuantizer, load_plan, save_plan
 from msq.planner.solve import find_plan
 from msq.profiles.tables import Profile
 
@@ -39,6 +40,15 @@ def test_specs(plan: Plan) -> None:
         assert plan.spec(label) == QuantizerSpec(Family(entry.family), *fields)
     with pytest.raises(PlanError, match="the plan has no quantizer 'none'"):
         plan.spec("none")
+
+
+@pytest.mark.parametrize(("family", "bits"), [("tcq", 4.0), ("half_tcq", 3.25)])
+def test_a_trellis_without_a_code_has_the_one_there_was_before_codes(family: str, bits: float) -> None:
+    old = PlanQuantizer.model_validate({"family": family, "bits": bits, "state_bits": 12})
+    assert old.spec() == QuantizerSpec(Family(family), bits, 12, code=TrellisCode.HYB)
+    usual = QuantizerSpec(Family(family), bits, 12)
+    written = PlanQuantizer.model_validate(asdict(usual)).model_dump()
+    assert written["code"] == TrellisCode.MAD and PlanQuantizer.model_validate(written).spec() == usual
 
 
 def test_what_is_not_known_is_null(profile: Profile, tmp_path: Path) -> None:

@@ -156,6 +156,22 @@ def test_an_interrupted_job_goes_on_without_measuring_rows_twice(tiny_llama, tmp
             assert (kept["latency_us"][kept["batch_size"] == key[5]] == round(row[0], 3)).all() and len(kept)
 
 
+def test_a_job_does_not_go_on_from_another_quantizer_of_the_same_label(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "Journal", Interrupting)
+    Interrupting.left = 3
+    with pytest.raises(KeyboardInterrupt):
+        run_profile(tiny_llama, tmp_path / "p", SETTINGS, name="tiny")
+    monkeypatch.undo()
+    path = tmp_path / "p" / JOURNAL_FILE
+    head, *rows = path.read_text().splitlines(keepends=True)
+    job = json.loads(head)
+    (trellis,) = (fields for fields in job["quantizers"] if fields["family"] == "tcq")
+    trellis |= {"code": "hyb", "table_bits": 9}
+    path.write_text("".join([json.dumps(job) + "\n", *rows]))
+    with pytest.raises(ProfileError, match=r"made with other settings \(quantizers\)"):
+        run_profile(tiny_llama, tmp_path / "p", SETTINGS, name="tiny")
+
+
 def test_a_finished_profile_is_not_overwritten_unless_asked(tiny_llama, tmp_path):
     settings = ProfileSettings(specs=SPECS[:2], tokens=64, window=32, batch_sizes=())
     first = run_profile(tiny_llama, tmp_path / "p", settings, name="tiny")

@@ -21,13 +21,16 @@ def test_globs_prefer_the_default_palette():
 
 def test_globs_that_match_nothing_there_reach_all_that_ships():
     assert labels("half-tcq-2.?[27]5") == ["half-tcq-2.125", "half-tcq-2.375", "half-tcq-2.625", "half-tcq-2.875"]
-    assert labels("tcq-4-T*, nuq-3") == ["nuq-3", "tcq-4-T9", "tcq-4-T10", "tcq-4-T12"]
+    assert labels("tcq-4-hyb-T*, nuq-3") == ["nuq-3", "tcq-4-hyb-T9", "tcq-4-hyb-T10", "tcq-4-hyb-T12"]
+    assert labels("tcq-?-hyb") == [f"tcq-{bits}-hyb" for bits in (2, 3, 4, 5)]
+    assert labels("half-tcq-3.25*") == ["half-tcq-3.25"]
     assert labels("tcq-3-1mad,tcq-3") == ["tcq-3", "tcq-3-1mad"]
 
 
 def test_the_trellis_length_may_be_left_out():
     assert labels("tcq-3", 12) == labels("tcq-3-L12", 12) == ["tcq-3-L12"]
-    assert labels("tcq-4-T9,tcq-2-3inst", 12) == ["tcq-2-3inst-L12", "tcq-4-L12-T9"]
+    assert labels("tcq-4-hyb-T9,tcq-2-3inst", 12) == ["tcq-2-3inst-L12", "tcq-4-hyb-L12-T9"]
+    assert labels("tcq-4-hyb", 12) == labels("tcq-4-hyb-L12", 12) == ["tcq-4-hyb-L12"]
 
 
 def test_only_what_is_selected_must_fit_the_trellis_length():

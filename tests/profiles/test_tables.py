@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from msq.profiles.errors import ProfileError
 from msq.profiles.files import read_yaml, sha256_file, write_atomic
 from msq.profiles.schema import ProfileManifest
@@ -81,7 +81,8 @@ def test_specs_come_from_fields(directory: Path) -> None:
     edit_table(directory, "latency.csv", lambda text: text.replace("nuq-4", "tcq-9"))
     profile = load_profile(directory)
     assert profile.spec("tcq-9") == QuantizerSpec(Family.NUQ, 5.0, 0)
-    assert profile.spec("tcq-3") == QuantizerSpec(Family.TCQ, 3.0, 16)  # without the column: 16 for a trellis
+    without_columns = QuantizerSpec(Family.TCQ, 3.0, 16, code=TrellisCode.HYB)  # what there was before them
+    assert profile.spec("tcq-3") == without_columns
     with pytest.raises(ProfileError, match=r"no quantizer 'tcq-4'; near matches: .*tcq-3"):
         profile.spec("tcq-4")
 

@@ -1,4 +1,4 @@
-"""The kernels compile for every architecture: each family, batch, format and choice of table is in some case."""
+"""The kernels compile for every architecture: each family, code, batch, format and choice of table is in some case."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
 from msq.kernels.cuda.dequantize import source as dequantize_source
 from msq.kernels.cuda.tuning import Limits, Tuning, launch_for, tune
-from msq.kernels.specs import default_palette
+from msq.kernels.specs import DEFAULT_STATE_BITS, every_quantizer
+from msq.profiles.options import parse_palette
 
-SPECS = {spec.label: spec for spec in default_palette()}
+SPECS = {spec.label: spec for spec in every_quantizer()}
 LIMITS = Limits(multiprocessors=84, shared_bytes=99 << 10)  # of a consumer card
 
 CASES = [
@@ -20,8 +21,10 @@ CASES = [
     ("vq-6", 16, torch.float16, None),
     ("tcq-2.5", 1, torch.bfloat16, None),
     ("tcq-5", 8, torch.float16, None),
-    ("half-tcq-1.75", 1, torch.float16, Tuning(8, replicas=8)),
-    ("half-tcq-4.25", 2, torch.bfloat16, None),
+    ("half-tcq-3.25", 2, torch.float16, None),  # of one hash and of two
+    ("tcq-2.5-hyb", 16, torch.bfloat16, None),
+    ("half-tcq-1.75-hyb", 1, torch.float16, Tuning(8, replicas=8)),
+    ("half-tcq-4.25-hyb", 2, torch.bfloat16, None),
 ]
 
 
@@ -37,7 +40,7 @@ def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("label", ["int-6", "nuq-5", "vq-3.5", "tcq-4.5"])
+@pytest.mark.parametrize("label", ["int-6", "nuq-5", "vq-3.5", "tcq-4.5", "tcq-4.5-hyb"])
 def test_dequantize_kernels_compile(label, arch):
     spec = SPECS[label]
     source, _ = dequantize_source(spec, spec.rates[0], torch.float16)
@@ -47,7 +50,7 @@ def test_dequantize_kernels_compile(label, arch):
 @pytest.mark.parametrize("shared_kib", [99, 163, 227])
 @pytest.mark.parametrize("shape", [(28672, 4096), (4096, 14336), (152064, 3584), (16, 32)])
 def test_common_layers_fit_every_device(shape, shared_kib):
-    for spec in SPECS.values():
+    for spec in parse_palette("*,tcq-?-hyb,half-tcq-*.?5-hyb", DEFAULT_STATE_BITS):
         for batch in (1, 8, 16):
             chosen = tune(spec, *shape, batch, Limits(108, shared_kib << 10))
             assert chosen is not None, (spec.label, batch)

@@ -7,11 +7,11 @@ import torch
 from msq.experiments.kernel_checks import random_weight
 from msq.kernels.cuda.layout import from_units, pair_width, plane_bits, prepare, to_units
 from msq.kernels.quantize import coders, decode_unit
-from msq.kernels.quantizers.codes import state_points
 from msq.kernels.quantizers.trellis import TrellisCoder
-from msq.kernels.specs import Family, QuantizerSpec, default_palette
+from msq.kernels.specs import Family, QuantizerSpec, default_palette, every_quantizer
 
-SPECS = {spec.label: spec for spec in default_palette()}
+SPECS = {spec.label: spec for spec in every_quantizer()}
+PALETTE = default_palette()
 
 
 def lane_words(unit: torch.Tensor, width: int) -> list[int]:
@@ -69,7 +69,7 @@ def lane_streams(unit: torch.Tensor, width: int, spec: QuantizerSpec) -> list[in
 def decode_lanes(unit: torch.Tensor, width: int, spec: QuantizerSpec, coder, codebook: torch.Tensor) -> torch.Tensor:
     """``(16, 128)``: what the lanes of a warp decode of a unit, put where the multiplications take it to be."""
     streams, run_bits = lane_streams(unit, width, spec), 16 * width
-    points = state_points(codebook, coder.state_bits) if isinstance(coder, TrellisCoder) else None
+    points = coder.points(codebook, codebook.device) if isinstance(coder, TrellisCoder) else None
     result = torch.full((16, 128), torch.nan)
     for lane, block in ((lane, block) for lane in range(32) for block in range(2)):
         g, t = divmod(lane, 4)
@@ -107,6 +107,10 @@ def decode_lanes(unit: torch.Tensor, width: int, spec: QuantizerSpec, coder, cod
         "tcq-4",
         "tcq-4.5",
         "half-tcq-2.75",
+        "half-tcq-3.25",
+        "tcq-3-hyb",
+        "tcq-4.5-hyb",
+        "half-tcq-2.75-hyb",
     ],
 )
 def test_lanes_decode_what_the_twin_does(label):
@@ -122,7 +126,7 @@ def test_lanes_decode_what_the_twin_does(label):
         start += columns
 
 
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("spec", PALETTE, ids=lambda spec: spec.label)
 def test_the_layout_is_a_permutation(spec):
     weight = random_weight(spec, 48, 288, torch.device("cpu"))
     prepared = prepare(weight)

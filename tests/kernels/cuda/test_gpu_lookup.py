@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from msq.experiments.kernel_checks import random_weight
+from msq.experiments.kernel_checks import CHECKED, random_weight
 from msq.kernels.cuda.embedding import KernelEmbedding
 from msq.kernels.cuda.layout import prepare
 from msq.kernels.cuda.linear import KernelLinear
 from msq.kernels.cuda.lookup import lookup
 from msq.kernels.linear import IMPLEMENTATIONS, LOOKUPS
 from msq.kernels.quantize import decode, dequantize
-from msq.kernels.specs import Family, QuantizerSpec, default_palette
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from torch.library import opcheck
 
 pytestmark = pytest.mark.gpu
@@ -22,10 +22,11 @@ FAMILIES = [
     QuantizerSpec(Family.VQ, 2.5),
     QuantizerSpec(Family.TCQ, 3, 16),
     QuantizerSpec(Family.HALF_TCQ, 3.25, 16),
+    QuantizerSpec(Family.TCQ, 3, 16, code=TrellisCode.HYB),
 ]
 
 
-@pytest.mark.parametrize("spec", default_palette(), ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", CHECKED, ids=lambda spec: spec.label)
 def test_rows_are_bit_for_bit_those_of_the_twin(spec):
     for rows, width in [(16, 32), (272, 1056), (1024, 4096)]:
         weight = random_weight(spec, rows, width, DEVICE)

@@ -10,7 +10,7 @@ from msq.kernels.cuda.rotation_plan import rotation_tables
 from msq.kernels.errors import KernelError, QuantizerError
 from msq.kernels.linear import IMPLEMENTATIONS, FusedLinear
 from msq.kernels.quantize import dequantize, quantize
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 from torch.library import opcheck
 
 pytestmark = pytest.mark.gpu
@@ -18,6 +18,7 @@ SPECS = [
     QuantizerSpec(Family.INT, 4),
     QuantizerSpec(Family.NUQ, 3),
     QuantizerSpec(Family.TCQ, 2.5, 12),
+    QuantizerSpec(Family.TCQ, 2.5, 12, code=TrellisCode.HYB),
     QuantizerSpec(Family.HALF_TCQ, 2.75, 12),
 ]
 ROWS, COLUMNS = (64, 48, 80), 768

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from msq.experiments.kernel_checks import random_weight
+from msq.experiments.kernel_checks import CHECKED, random_weight
 from msq.kernels.cuda import decode as kernels
 from msq.kernels.cuda.dequantize import dequantize
 from msq.kernels.cuda.layout import prepare
 from msq.kernels.linear import IMPLEMENTATIONS
 from msq.kernels.quantize import decode
-from msq.kernels.specs import Family, QuantizerSpec, default_palette
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
 LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 2.5e-3}  # rounding a result to bfloat16 alone takes 1.7e-3
-PALETTE = default_palette()
 FAMILIES = [
     QuantizerSpec(Family.INT, 4),
     QuantizerSpec(Family.NUQ, 3),
@@ -23,6 +22,7 @@ FAMILIES = [
     QuantizerSpec(Family.TCQ, 3, 16),
     QuantizerSpec(Family.TCQ, 2.5, 12),
     QuantizerSpec(Family.HALF_TCQ, 3.25, 16),
+    QuantizerSpec(Family.HALF_TCQ, 3.25, 16, code=TrellisCode.HYB),
 ]
 ODD_SHAPES = [(16, 32), (48, 96), (272, 1056), (112, 4128)]
 
@@ -51,7 +51,7 @@ def relative_error(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("spec", PALETTE, ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", CHECKED, ids=lambda spec: spec.label)
 def test_decoded_weights_are_exactly_the_twins(spec, workspace):
     weight = random_weight(spec, 48, 96, DEVICE)
     ready, expected = prepare(weight), decode(weight)
@@ -63,7 +63,7 @@ def test_decoded_weights_are_exactly_the_twins(spec, workspace):
     assert torch.equal(found.T, expected.half())
 
 
-@pytest.mark.parametrize("spec", PALETTE, ids=lambda spec: spec.label)
+@pytest.mark.parametrize("spec", CHECKED, ids=lambda spec: spec.label)
 def test_products_of_one_token(spec, workspace):
     for shape in [*ODD_SHAPES, (1024, 4096)]:
         weight = random_weight(spec, *shape, DEVICE)

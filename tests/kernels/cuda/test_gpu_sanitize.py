@@ -9,7 +9,7 @@ from msq.kernels.cuda import attention, decode, hadamard
 from msq.kernels.cuda.dequantize import dequantize
 from msq.kernels.cuda.layout import prepare
 from msq.kernels.cuda.rotation_plan import fuses_norm, rotation_tables
-from msq.kernels.specs import Family, QuantizerSpec
+from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
@@ -20,6 +20,7 @@ SPECS = [
     QuantizerSpec(Family.NUQ, 8),
     QuantizerSpec(Family.VQ, 2.5),
     QuantizerSpec(Family.TCQ, 3, 16),
+    QuantizerSpec(Family.TCQ, 3, 16, code=TrellisCode.HYB),
     QuantizerSpec(Family.TCQ, 2.5, 12),
     QuantizerSpec(Family.HALF_TCQ, 3.25, 16),
 ]

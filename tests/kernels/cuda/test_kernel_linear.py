@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from msq.kernels.cuda.decode import KERNEL_CODES
 from msq.kernels.cuda.linear import KernelLinear, _workspace_words, separate_workspace
 from msq.kernels.cuda.tuning import Limits
 from msq.kernels.errors import KernelError
@@ -17,6 +18,7 @@ SPECS = [
     QuantizerSpec(Family.INT, 4),
     QuantizerSpec(Family.NUQ, 3),
     QuantizerSpec(Family.TCQ, 2.5, 12),
+    QuantizerSpec(Family.TCQ, 2.5, 12, code=TrellisCode.HYB),
     QuantizerSpec(Family.HALF_TCQ, 2.75, 12),
 ]
 
@@ -38,11 +40,11 @@ def test_it_computes_what_the_reference_does(weights, dtype):
     assert float((found.float() - expected).norm() / expected.norm()) < (1e-3 if dtype is torch.float16 else 8e-3)
 
 
-@pytest.mark.parametrize("code", [code for code in TrellisCode if code is not TrellisCode.HYB])
+@pytest.mark.parametrize("code", [code for code in TrellisCode if code not in KERNEL_CODES])
 def test_codes_that_the_kernels_do_not_know_are_refused(code):
     table = torch.randn(1 << 10, 2).half() if code is TrellisCode.LUT else None
     weight = quantize(torch.randn(16, 32), QuantizerSpec(Family.TCQ, 2, 10, code=code), rotation_seed=9, codebook=table)
-    with pytest.raises(KernelError, match=f"trellis code hyb, .*; got .*{code}.*: use a QuantizedLinear"):
+    with pytest.raises(KernelError, match=rf"the kernels know \(mad or hyb\); got .*{code}.*: use a QuantizedLinear"):
         KernelLinear(weight)
 
 

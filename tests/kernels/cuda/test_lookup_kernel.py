@@ -14,11 +14,11 @@ from msq.kernels.errors import KernelError
 from msq.kernels.hadamard import apply_hadamard, hadamard_plan
 from msq.kernels.quantize import decode
 from msq.kernels.rotation import rotate, rotation_signs
-from msq.kernels.specs import default_palette
+from msq.kernels.specs import every_quantizer
 
 from .emulate import Emulated, needs_compiler
 
-SPECS = {spec.label: spec for spec in default_palette()}
+SPECS = {spec.label: spec for spec in every_quantizer()}
 ROWS = {
     "int-3": (48, 256),
     "int-8": (32, 2080),
@@ -32,6 +32,8 @@ ROWS = {
     "tcq-4.5": (32, 96),
     "half-tcq-2.25": (176, 544),
     "half-tcq-3.75": (32, 2112),
+    "tcq-1.5-hyb": (32, 1056),
+    "half-tcq-3.75-hyb": (32, 2112),
 }
 
 
@@ -84,7 +86,7 @@ def test_the_inverse_rotation_undoes_the_rotation(emulated, size, rows):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("label", ["int-6", "nuq-5", "vq-3.5", "tcq-4.5", "half-tcq-2.25"])
+@pytest.mark.parametrize("label", ["int-6", "nuq-5", "vq-3.5", "tcq-4.5", "half-tcq-3.25", "half-tcq-2.25-hyb"])
 def test_lookup_kernels_compile(label, arch):
     pytest.importorskip("cuda.core", reason='kernels are compiled by cuda-core: pip install "msq[cuda]"')
     for rate in SPECS[label].rates:

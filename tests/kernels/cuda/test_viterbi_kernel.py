@@ -75,9 +75,9 @@ def test_the_kernels_source_finds_the_references_codes(emulated, state_bits, wid
 def test_the_full_trellis(emulated):
     """The shipped code at L = 16 in the division that an H200 uses for few tiles."""
     from msq.kernels.codebooks import codebook
-    from msq.kernels.specs import Family, QuantizerSpec
+    from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 
-    points = state_points(codebook(QuantizerSpec(Family.TCQ, 3, 16)), 16)
+    points = state_points(codebook(QuantizerSpec(Family.TCQ, 3, 16, code=TrellisCode.HYB)), 16)
     assert torch.equal(points, points.flip(0))
     pairs = torch.randn(2, 128, 2, generator=torch.Generator().manual_seed(7))
     division = divide(16, 6, 128, 2, SERVER)

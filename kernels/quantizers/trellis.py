@@ -45,8 +45,9 @@ class TrellisCoder(PairCoder):
         if pairs.is_cuda and kernel_problem(pairs.device) is None:
             from ..cuda.viterbi import encode
 
-            # The kernel rounds points to fp16.
-            steps = encode(inputs / self.gain, points / self.gain, self.step_width, mirrored=self.mirrored)
+            if self.gain != 1:  # the kernel rounds points to fp16
+                inputs, points = inputs / self.gain, points / self.gain
+            steps = encode(inputs, points, self.step_width, mirrored=self.mirrored)
         else:
             steps = viterbi_encode(inputs, points, self.step_width)
         return steps if self._weights_per_step == 2 else steps[:, ::2] | steps[:, 1::2] << self.step_width

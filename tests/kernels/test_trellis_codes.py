@@ -68,19 +68,15 @@ def test_mad_takes_the_bytes_of_its_hashes_along_four_directions(width):
 
 
 @pytest.mark.parametrize("width", range(3, LARGEST_WIDTH + 1))
-def test_points_of_mad_are_found_in_fp16_too_before_their_gain(width):
-    """Kernels search among points in fp16."""
+def test_a_search_among_points_in_fp16_finds_the_same_before_their_gain(width):
+    """As the kernel searches."""
     (coder,) = coders(QuantizerSpec(Family.TCQ, width / 2, 12))
     points = coder.points(torch.empty(0, 1), torch.device("cpu"))
     halves = (points / coder.gain).half().float()
     assert torch.allclose(halves * coder.gain, points, rtol=2e-7 if len(mad_code(width).multipliers) == 1 else 5e-4)
     pairs = torch.randn(8, 128, 2, generator=torch.Generator().manual_seed(width))
     found = viterbi_encode(pairs / coder.gain, halves, width)
-    own, expected = (
-        float((coder.decode(codes, torch.empty(0, 1)) - pairs).double().square().sum())
-        for codes in (found, coder.encode(pairs, torch.empty(0, 1)))
-    )
-    assert own == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(found, coder.encode(pairs, torch.empty(0, 1)))
 
 
 def test_states_and_their_mirror_images_share_a_hash_at_16_bits():

@@ -45,7 +45,7 @@ READS = [
     for unroll, threads, blocks in ((8, 512, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 2))
 ]
 _QUICK = "nuq-[234],vq-[234],int-[234],tcq-[234],tcq-3.5,half-tcq-[23].25,tcq-3-hyb"
-_SWEPT = ("nuq-2", "nuq-3", "nuq-4", *(f"tcq-{bits}{code}" for code in ("", "-hyb") for bits in (2, 3, 4)))
+_SWEPT = ("nuq-3", "tcq-2", "tcq-3", "tcq-4", "tcq-3-hyb")
 
 
 def compile_sources(sources: list[Source], arch: str, processes: int) -> None:

@@ -43,6 +43,16 @@ DIVISIONS = [
 ]
 """Ways to divide the work, the likeliest first."""
 
+RINGS = [
+    Tuning(ring=2),
+    Tuning(rows=1, ring=2),
+    Tuning(ring=3),
+    Tuning(row_groups=2, ring=2),
+    Tuning(12, ring=2),
+    Tuning(rows=1, ring=2, resident=2),
+]
+"""More of them, for quantizers without a table."""
+
 PARTS = {"lookups": 1, "table": 2, "tokens": 4, "weights": 8, "adding": 16, "memory": 2 + 4 + 8, "all": 31}
 """What a kernel can leave out to show what it costs: bits of the macro WITHOUT (ptx.cuh)."""
 
@@ -57,7 +67,9 @@ def tables(spec: QuantizerSpec) -> list[tuple[int, bool]]:
 
 
 def variants(spec: QuantizerSpec) -> Iterator[Tuning]:
-    """Tunings to compare: every division with the first two tables, the first division with all."""
+    """Tunings to compare: every division with the first two tables, the first division with all; rings without a table."""
+    if not spec.table_bytes:
+        yield from RINGS
     choices = tables(spec)
     for replicas, signed in choices:
         yield replace(DIVISIONS[0], replicas=replicas, signed=signed)

@@ -67,7 +67,7 @@ def tables(spec: QuantizerSpec) -> list[tuple[int, bool]]:
 
 
 def variants(spec: QuantizerSpec) -> Iterator[Tuning]:
-    """Tunings to compare: every division with the first two tables, the first division with all; rings without a table."""
+    """Tunings to compare: rings without a table; every division with the first two tables, the first one with all."""
     if not spec.table_bytes:
         yield from RINGS
     choices = tables(spec)

@@ -51,7 +51,7 @@ def test_the_wheel_is_whole(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     # Dependencies come from here; a path file adds the folder without its own path files, so not the editable msq.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    done = subprocess.run([python, "-c", CODE], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run([python, "-I", "-c", CODE], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     place, modules, entries, sources, layers = __import__("json").loads(done.stdout.splitlines()[-1])
     assert Path(place).is_relative_to(site)

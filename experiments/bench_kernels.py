@@ -45,7 +45,8 @@ READS = [
     for unroll, threads, blocks in ((8, 512, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 2))
 ]
 _QUICK = "nuq-[234],vq-[234],int-[234],tcq-[234],tcq-3.5,half-tcq-[23].25,tcq-3-hyb"
-_SWEPT = ("nuq-3", "tcq-2", "tcq-3", "tcq-4", "tcq-3-hyb")
+_WARM_SECONDS = 4.0
+_SWEPT = ("nuq-2", "nuq-3", "nuq-4", "tcq-2", "tcq-3", "tcq-4", "tcq-3-hyb")
 
 
 def compile_sources(sources: list[Source], arch: str, processes: int) -> None:
@@ -215,6 +216,9 @@ def measure(arguments: argparse.Namespace, planned: list[Case], bits: list[float
     print(f"checks took {time.perf_counter() - begun:.1f} s", flush=True)
     pool = Pool(device, _POOL_BYTES)
     table = Table(arguments.out, environment(device, arguments.commit))
+    warm_until = time.perf_counter() + _WARM_SECONDS
+    while time.perf_counter() < warm_until:  # the first seconds of an idle GPU are its slowest
+        time_read(pool, SHAPES["gateup"][0] * SHAPES["gateup"][1] // 2, False)
     for rate, programmatic, shape in itertools.product(bits, (False, True), SHAPES):
         size_bytes = int(SHAPES[shape][0] * SHAPES[shape][1] * rate / 8)
         table.add(

@@ -253,6 +253,8 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
     if not tabled or plane_bits(spec, pair_width(max(spec.rates))):
         replicas = (32,)  # no table, or every lane has a copy of its own anyway
     rings = (0,) if tabled else (_RING, 0)  # with a table, lookups leave shared memory no time
+    # digits of 16 tokens take four multiplications' registers
+    warps = 8 if _tokens(batch) * _digits(spec) > _MOST_COLUMNS else 16
     shape = (spec, out_features, in_features, batch, limits)
     for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
         if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
@@ -261,6 +263,7 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
         choices = itertools.product(replicas, signs, splits, (2, 1), (1, 2, 4), rings)
         for copies, signed, chunks, rows, groups, ring in choices:
             tuning = Tuning(
+                warps,
                 rows=rows,
                 steps_at_start=2 if rows == 1 and not ring else 1,
                 ring=ring,
@@ -283,6 +286,8 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 # Cycles of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
 _UNIT_CYCLES = 40
 """To decode a unit: its 32 pairs, and the loads of their codes."""
+_MOST_COLUMNS = 16
+"""Of multiplications, for which a warp has registers where 16 of them share a multiprocessor's."""
 _RING = 2
 """Steps in flight; more only delay each other."""
 _NO_RING = 1.06

@@ -45,7 +45,7 @@ READS = [
     for unroll, threads, blocks in ((8, 512, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 2))
 ]
 _QUICK = "nuq-[234],vq-[234],int-[234],tcq-[234],tcq-3.5,half-tcq-[23].25,tcq-3-hyb"
-_WARM_SECONDS = 4.0
+_WARM_SECONDS = 0.02
 _SWEPT = ("nuq-2", "nuq-3", "nuq-4", "tcq-2", "tcq-3", "tcq-4", "tcq-3-hyb")
 
 
@@ -115,7 +115,7 @@ def time_read(pool: Pool, size_bytes: int, programmatic: bool) -> tuple[float, f
         def call(part: Tensor, kernel: Kernel = kernel, grid: int = grid, threads: int = threads) -> None:
             kernel.launch(grid, threads, (part, out, size_bytes // 16), programmatic=programmatic)
 
-        best = min(best, time_launches([partial(call, part) for part in parts]))
+        best = min(best, time_launches([partial(call, part) for part in parts], warm_seconds=_WARM_SECONDS))
     return best
 
 
@@ -126,7 +126,7 @@ def time_cublas(shape: str, batch: int, device: torch.device) -> tuple[float, fl
     while len(weights) * weights[0].numel() * 2 < 3 * 60 << 20:
         weights.append(weights[0].clone())
     x = torch.randn(batch, in_features, device=device).half()
-    return time_launches([partial(F.linear, x, weight) for weight in weights])
+    return time_launches([partial(F.linear, x, weight) for weight in weights], warm_seconds=_WARM_SECONDS)
 
 
 def time_case(pool: Pool, case: Case) -> tuple[tuple[float, float], int]:
@@ -153,7 +153,7 @@ def time_case(pool: Pool, case: Case) -> tuple[tuple[float, float], int]:
                 programmatic=case.programmatic,
             )
         )
-    return time_launches(calls), sum(units.numel() for units in weights[0].units)
+    return time_launches(calls, warm_seconds=_WARM_SECONDS), sum(units.numel() for units in weights[0].units)
 
 
 def summary(rows: list[dict[str, object]]) -> str:
@@ -216,9 +216,6 @@ def measure(arguments: argparse.Namespace, planned: list[Case], bits: list[float
     print(f"checks took {time.perf_counter() - begun:.1f} s", flush=True)
     pool = Pool(device, _POOL_BYTES)
     table = Table(arguments.out, environment(device, arguments.commit))
-    warm_until = time.perf_counter() + _WARM_SECONDS
-    while time.perf_counter() < warm_until:  # the first seconds of an idle GPU are its slowest
-        time_read(pool, SHAPES["gateup"][0] * SHAPES["gateup"][1] // 2, False)
     for rate, programmatic, shape in itertools.product(bits, (False, True), SHAPES):
         size_bytes = int(SHAPES[shape][0] * SHAPES[shape][1] * rate / 8)
         table.add(

@@ -8,6 +8,7 @@ is replayed several times; its time over its launches is one measurement, gaps b
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -103,8 +104,13 @@ def _capture_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-def time_launches(calls: Sequence[Callable[[], object]], replays: int = 11) -> tuple[float, float]:
-    """Median and interquartile range in microseconds of a call, the calls taken in turn inside a CUDA graph."""
+def time_launches(
+    calls: Sequence[Callable[[], object]], replays: int = 11, warm_seconds: float = 0.0
+) -> tuple[float, float]:
+    """Median and interquartile range in microseconds of a call, the calls taken in turn inside a CUDA graph.
+
+    `warm_seconds`: to replay it before; a GPU that was idle while the host prepared is slower at first.
+    """
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
@@ -117,6 +123,10 @@ def time_launches(calls: Sequence[Callable[[], object]], replays: int = 11) -> t
         graph.capture_end()
     for _ in range(2):
         graph.replay()
+    warm_until = time.perf_counter() + warm_seconds
+    while time.perf_counter() < warm_until:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(replays):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

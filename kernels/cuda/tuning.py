@@ -35,6 +35,9 @@ _MAD = 4
 _LARGEST_PAIR_TABLE = {Family.NUQ: 5}
 """Bits up to which pairs of weights are looked up; above, `nuq` looks up single weights."""
 
+_MOST_UNITS = 250
+"""Of a warp in a row, so that sums of bytes times digits, of two hashes at most, stay below 2^31."""
+
 _BYTE_ENTRY = 256
 """Bytes from one entry to the next in the table of a quantizer whose codes are bytes."""
 
@@ -201,7 +204,7 @@ def _divide(
     if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
         return None
     warps = _share_warps(units, tuning)
-    if warps is None:
+    if warps is None or (spec.code is TrellisCode.MAD and _most_units(units, warps, tuning.row_groups) > _MOST_UNITS):
         return None
     return _Division(row_tiles, chunk_blocks, block_tiles, units, warps, table_bytes, shared_bytes)
 

@@ -105,7 +105,8 @@ __device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors
                 static_assert(DIGITS == 2, "a lane's two columns are a token's digits");
                 int further = 8 * tile / COLUMNS;
                 if (token + further >= TOKENS) continue;
-                float sum = static_cast<float>(first) * DigitFilling::BASE + static_cast<float>(second);
+                // exact where a token is, as unit vectors are
+                float sum = static_cast<float>(first) + static_cast<float>(second) * (1.0f / DigitFilling::BASE);
                 sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
                 store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * half), float_to_bits(sum));
             } else {

@@ -108,7 +108,7 @@ constexpr int DIGITS = 2;
 // signed bytes, the lowest first, for 3/4 (x1 - x0), x1, 3/4 (x0 + x1), x0. These are taken times a power of two, which brings
 // the largest x of the warp's columns to between 32 and 64, and written as two digits to the base BASE, the higher first,
 // `stride` bytes each. So x keeps 14 bits below the largest, where fp16 has 11 of its own. The warp's sums, in units of the
-// lower digit, are multiplied by `gain` and the inverse of that power.
+// higher digit, are multiplied by `gain` and the inverse of that power.
 struct DigitFilling {
     static constexpr int BASE = 254;  // half of it is the largest lower digit
     static constexpr int LARGEST_EXPONENT = 5;
@@ -179,7 +179,7 @@ struct DigitFilling {
         int up = min(127 + LARGEST_EXPONENT - exponent, BFLOAT ? 126 : 30);
         // A magnitude that is no number spoils the sums, as it would elsewhere.
         float inverse = bits_to_float(exponent == 255 ? 0x7FC00000 : (127 - up) << 23);
-        if (lane_index() == 0) store_shared(factors + 4 * token, float_to_bits(inverse * gain * (1.0f / BASE)));
+        if (lane_index() == 0) store_shared(factors + 4 * token, float_to_bits(inverse * gain));
         if (BFLOAT) return (127 + max(up, -126)) << 23;
         int one = min(up, 15);
         return (15 + one) << 10 | (15 + up - one) << 26;

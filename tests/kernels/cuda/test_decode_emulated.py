@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from msq.experiments.kernel_checks import LARGEST_ERROR, random_weight
+from msq.kernels import mad
 from msq.kernels.cuda.decode import kernel_arguments, new_workspace
 from msq.kernels.cuda.layout import prepare
 from msq.kernels.cuda.tuning import Limits, Tuning, launch_for
 from msq.kernels.quantize import decode
+from msq.kernels.quantizers import codes
 from msq.kernels.specs import every_quantizer
 
 from .emulate import Emulated, needs_compiler
@@ -73,3 +75,62 @@ def test_products_are_those_of_the_twin(label, shape, batch, dtype, tuning, tmp_
     rounding = 2**-8 if dtype is torch.bfloat16 else 0  # of the result, for the few numbers that there are here
     assert float((y.double() - expected).norm() / expected.norm()) < LARGEST_ERROR + rounding
     assert bool((workspace == -1).all())
+
+
+SIZES = {"smallest": 2**-24, "small": 1e-5, "large": 500.0}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_digits_hold_activations_of_any_size(dtype, tmp_path):
+    torch.manual_seed(0)
+    spec, shape = SPECS["tcq-3"], (48, 512)
+    quantized = random_weight(spec, *shape, torch.device("cpu"))
+    x = torch.randn(len(SIZES) + 3, shape[1]).clamp(-4, 4)
+    for token, size in enumerate(SIZES.values()):
+        x[token] *= size
+    x = x.to(dtype)
+    x[-3], x[-2, 5], x[-1, 300] = 0, torch.inf, torch.nan
+    # one column far above the others: what is lost is small beside it
+    x[1, 7] *= 100
+    tuning = Tuning(4, ring=2)
+    launch = launch_for(spec, *shape, len(x), dtype, LIMITS, tuning)
+    y = torch.full((len(x), shape[0]), 7.0, dtype=dtype)
+    arguments = kernel_arguments(x, prepare(quantized), None, y, None, launch)
+    Emulated(launch.source, tmp_path / "host").launch(launch.grid, launch.block, arguments)
+    expected = x.double() @ decode(quantized).double().T
+    assert bool((y[-3] == 0).all()) and bool(y[-2:].isnan().all())
+    for token, name in enumerate(SIZES):
+        resolution = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # a result smaller than that is zero
+        wrong = (y[token].double() - expected[token]).abs() - resolution
+        rounding = 2**-8 if dtype is torch.bfloat16 else 2**-10
+        assert float(wrong.clamp(min=0).norm() / expected[token].norm()) < LARGEST_ERROR + rounding, name
+
+
+@pytest.fixture
+def rounding_gain(monkeypatch):
+    """A gain whose products with hashes come close enough to ties to tell a factor that is not exact."""
+    monkeypatch.setitem(mad._FOUND, 3, mad.MadCode((1914290651,), (1069721864,), 0.96))
+    codes._mad_points_of.cache_clear()
+    yield
+    codes._mad_points_of.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize("label", ["tcq-1.5", "tcq-2", "tcq-3.5", "tcq-5", "half-tcq-3.25"])
+def test_unit_vectors_pick_exact_weights(label, rounding_gain, tmp_path):
+    spec, shape, batch = SPECS[label], (48, 96), 16
+    quantized = random_weight(spec, *shape, torch.device("cpu"))
+    launch = launch_for(spec, *shape, batch, torch.float16, LIMITS, Tuning(4, rows=1, ring=2))
+    kernel, units, found = Emulated(launch.source, tmp_path / "host"), torch.eye(shape[1]).half(), []
+    for x in units.split(batch):
+        y = torch.full((batch, shape[0]), torch.nan, dtype=torch.float16)
+        kernel.launch(launch.grid, launch.block, kernel_arguments(x, prepare(quantized), None, y, None, launch))
+        found.append(y)
+    assert torch.equal(torch.cat(found).T, decode(quantized).half())
+
+
+def test_sums_of_bytes_do_not_overflow():
+    shape = (SPECS["tcq-4"], 64, 40_000, 1, torch.float16, LIMITS)
+    assert launch_for(*shape, Tuning(4, row_groups=4)) is None  # a warp has all columns
+    assert launch_for(*shape, Tuning(4)) is not None

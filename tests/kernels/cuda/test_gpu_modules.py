@@ -110,7 +110,8 @@ def test_a_model_is_compiled_whole(weights, mode):
     with torch.inference_mode():
         for _ in range(4):
             x = torch.randn(2, COLUMNS, device="cuda").half()
-            assert torch.allclose(compiled(x).clone(), model(x), rtol=1e-2, atol=1e-2)
+            found, expected = compiled(x).clone(), model(x)  # a sum may be small, its terms' rounding isn't
+            assert float((found - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_work_goes_to_the_current_stream(weights):

@@ -303,9 +303,9 @@ struct Start {
             const u16* from = x + segment.column + first;
             int pieces = share.units * 16, real = (segment.columns - first) / 8;
             if constexpr (BYTES) {
-                DigitFilling{from, in_features, batch, pieces, real, to, token_stride, factors, gain}.fill(ask_ahead);
+                DigitFilling{{from, in_features, batch, pieces, real}, to, token_stride, factors, gain}.fill(ask_ahead);
             } else {
-                TokenFilling{from, in_features, batch, pieces, real, to, token_stride, factors}.fill(ask_ahead);
+                TokenFilling{{from, in_features, batch, pieces, real}, to, token_stride, factors}.fill(ask_ahead);
             }
         } else {
             ask_ahead();

@@ -29,40 +29,18 @@ __device__ __forceinline__ u32 largest_of(const Words4& words) {
 }
 
 // What a warp brings to shared memory, in pieces of 8 columns.
-struct TokenFilling {
+struct TokenPieces {
     static constexpr int SIDE_BY_SIDE = TOKENS < 4 ? TOKENS : 4;  // tokens, and
     static constexpr int FLIGHT = 4 / SIDE_BY_SIDE;               // pieces of each that a lane has in flight
     static constexpr int STEP = 32 * FLIGHT;                      // pieces
 
+    using Values = Words4[SIDE_BY_SIDE][FLIGHT];
+
     const u16* x;  // the first token's first column
     int in_features, batch;
     int pieces, real;  // of a token; those that x has: the others are zeros
-    u32 to, stride;    // where the first token goes, and from there to the next
-    u32 factors;       // where the inverse factors of bf16 go
 
-    // `meanwhile` is called once, when the first of x has been asked for.
-    template <typename Meanwhile>
-    __device__ __forceinline__ void fill(Meanwhile meanwhile) const {
-        for (int token = 0; token < batch; token += SIDE_BY_SIDE) {
-            u32 largest[SIDE_BY_SIDE] = {};
-#pragma unroll 1
-            for (int piece = lane_index(); piece - lane_index() < pieces; piece += STEP) {
-                Words4 values[SIDE_BY_SIDE][FLIGHT];
-                ask(values, token, piece);
-                if (token == 0 && piece < 32) meanwhile();
-                keep(values, token, piece, largest);
-            }
-            if constexpr (BFLOAT) {
-#pragma unroll
-                for (int i = 0; i < SIDE_BY_SIDE; ++i) {
-                    if (token + i < batch) scale(token + i, warp_max(largest[i]));
-                }
-            }
-        }
-        warp_sync();
-    }
-
-    __device__ __forceinline__ void ask(Words4 (&values)[SIDE_BY_SIDE][FLIGHT], int token, int piece) const {
+    __device__ __forceinline__ void ask(Values& values, int token, int piece) const {
         const u16* from = x + static_cast<u64>(token) * in_features + 8 * piece;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -75,16 +53,49 @@ struct TokenFilling {
         }
     }
 
-    __device__ __forceinline__ void keep(
-        const Words4 (&values)[SIDE_BY_SIDE][FLIGHT], int token, int piece, u32 (&largest)[SIDE_BY_SIDE]) const {
-        u32 place = to + token * stride + 16 * piece;
+    // Stores what was asked for: at `place` the first token's, `stride` bytes further the next one's. `each` sees every token's.
+    template <typename Each>
+    __device__ __forceinline__ void store(
+        const Values& values, int token, int piece, u32 place, u32 stride, Each each) const {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int row = i / FLIGHT, further = i % FLIGHT * 32;
             const Words4& value = values[row][i % FLIGHT];
-            if (token + row < batch && piece + further < pieces) store_shared(place + row * stride + 16 * further, value);
-            if constexpr (BFLOAT) largest[row] = max(largest[row], largest_of(value));
+            if (token + row < batch && piece + further < pieces) {
+                store_shared(place + row * stride + 16 * (piece + further), value);
+            }
+            each(row, value);
         }
+    }
+};
+
+// The tokens as fp16.
+struct TokenFilling : TokenPieces {
+    u32 to, stride;  // where the first token goes, and from there to the next
+    u32 factors;     // where the inverse factors of bf16 go
+
+    // `meanwhile` is called once, when the first of x has been asked for.
+    template <typename Meanwhile>
+    __device__ __forceinline__ void fill(Meanwhile meanwhile) const {
+        for (int token = 0; token < batch; token += SIDE_BY_SIDE) {
+            u32 largest[SIDE_BY_SIDE] = {};
+#pragma unroll 1
+            for (int piece = lane_index(); piece - lane_index() < pieces; piece += STEP) {
+                Values values;
+                ask(values, token, piece);
+                if (token == 0 && piece < 32) meanwhile();
+                store(values, token, piece, to + token * stride, stride, [&](int row, const Words4& value) {
+                    if constexpr (BFLOAT) largest[row] = max(largest[row], largest_of(value));
+                });
+            }
+            if constexpr (BFLOAT) {
+#pragma unroll
+                for (int i = 0; i < SIDE_BY_SIDE; ++i) {
+                    if (token + i < batch) scale(token + i, warp_max(largest[i]));
+                }
+            }
+        }
+        warp_sync();
     }
 
     // largest: of the token's magnitudes, as bits of a bf16.
@@ -109,17 +120,12 @@ constexpr int DIGITS = 2;
 // the largest x of the warp's columns to between 32 and 64, and written as two digits to the base BASE, the higher first,
 // `stride` bytes each. So x keeps 14 bits below the largest, where fp16 has 11 of its own. The warp's sums, in units of the
 // higher digit, are multiplied by `gain` and the inverse of that power.
-struct DigitFilling {
+struct DigitFilling : TokenPieces {
     static constexpr int BASE = 254;  // half of it is the largest lower digit
     static constexpr int LARGEST_EXPONENT = 5;
-    static constexpr int SIDE_BY_SIDE = TOKENS < 4 ? TOKENS : 4;  // tokens, and
-    static constexpr int FLIGHT = 4 / SIDE_BY_SIDE;               // pieces of each that a lane has in flight
     static constexpr u32 BOTH = 0x00010001;
 
-    const u16* x;  // as in TokenFilling
-    int in_features, batch;
-    int pieces, real;
-    u32 to, stride;
+    u32 to, stride;  // as in TokenFilling
     u32 factors;
     float gain;
 
@@ -130,11 +136,14 @@ struct DigitFilling {
         for (int token = 0; token < batch; token += SIDE_BY_SIDE) {
             u32 largest[SIDE_BY_SIDE] = {};
 #pragma unroll 1
-            for (int piece = lane_index(); piece - lane_index() < pieces; piece += 32 * FLIGHT) {
-                Words4 values[4] = {};
+            for (int piece = lane_index(); piece - lane_index() < pieces; piece += STEP) {
+                Values values;
                 ask(values, token, piece);
                 if (token == 0 && piece < 32) meanwhile();
-                keep(values, token, piece, largest);
+                // to where the first digits will be
+                store(values, token, piece, to + token * DIGITS * stride, DIGITS * stride, [&](int row, const Words4& value) {
+                    largest[row] = max(largest[row], largest_of(value));
+                });
             }
 #pragma unroll 1
             for (int i = 0; i < SIDE_BY_SIDE && token + i < batch; ++i) {
@@ -145,31 +154,6 @@ struct DigitFilling {
             }
         }
         warp_sync();
-    }
-
-    __device__ __forceinline__ void ask(Words4 (&values)[4], int token, int piece) const {
-        const u16* from = x + static_cast<u64>(token) * in_features + 8 * piece;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int row = i / FLIGHT, further = i % FLIGHT * 32;
-            if (token + row < batch && piece + further < real) {
-                values[i] = *reinterpret_cast<const Words4*>(from + static_cast<u64>(row) * in_features + 8 * further);
-            }
-        }
-    }
-
-    // Puts pieces of x where their first digits will be.
-    __device__ __forceinline__ void keep(
-        const Words4 (&values)[4], int token, int piece, u32 (&largest)[SIDE_BY_SIDE]) const {
-        u32 place = to + token * DIGITS * stride + 16 * piece;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int row = i / FLIGHT, further = i % FLIGHT * 32;
-            if (token + row < batch && piece + further < pieces) {
-                store_shared(place + row * DIGITS * stride + 16 * further, values[i]);
-            }
-            largest[row] = max(largest[row], largest_of(values[i]));
-        }
     }
 
     // What a token's values are multiplied by, of their largest magnitude (bits of its format): bits of a float for bf16, else

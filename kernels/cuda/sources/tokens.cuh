@@ -53,18 +53,25 @@ struct TokenPieces {
         }
     }
 
-    // Stores what was asked for: at `place` the first token's, `stride` bytes further the next one's. `each` sees every token's.
-    template <typename Each>
-    __device__ __forceinline__ void store(
-        const Values& values, int token, int piece, u32 place, u32 stride, Each each) const {
+    // Brings SIDE_BY_SIDE tokens: the first one's to `place`, the next one's `stride` bytes further. `largest`: of each token's
+    // magnitudes, as bits. `meanwhile` is called once, when the first of x has been asked for.
+    template <typename Meanwhile>
+    __device__ __forceinline__ void bring(
+        int token, u32 place, u32 stride, u32 (&largest)[SIDE_BY_SIDE], Meanwhile meanwhile) const {
+#pragma unroll 1
+        for (int piece = lane_index(); piece - lane_index() < pieces; piece += STEP) {
+            Values values;
+            ask(values, token, piece);
+            if (token == 0 && piece < 32) meanwhile();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            int row = i / FLIGHT, further = i % FLIGHT * 32;
-            const Words4& value = values[row][i % FLIGHT];
-            if (token + row < batch && piece + further < pieces) {
-                store_shared(place + row * stride + 16 * (piece + further), value);
+            for (int i = 0; i < 4; ++i) {
+                int row = i / FLIGHT, further = i % FLIGHT * 32;
+                const Words4& value = values[row][i % FLIGHT];
+                if (token + row < batch && piece + further < pieces) {
+                    store_shared(place + row * stride + 16 * (piece + further), value);
+                }
+                largest[row] = max(largest[row], largest_of(value));
             }
-            each(row, value);
         }
     }
 };
@@ -74,20 +81,11 @@ struct TokenFilling : TokenPieces {
     u32 to, stride;  // where the first token goes, and from there to the next
     u32 factors;     // where the inverse factors of bf16 go
 
-    // `meanwhile` is called once, when the first of x has been asked for.
     template <typename Meanwhile>
     __device__ __forceinline__ void fill(Meanwhile meanwhile) const {
         for (int token = 0; token < batch; token += SIDE_BY_SIDE) {
             u32 largest[SIDE_BY_SIDE] = {};
-#pragma unroll 1
-            for (int piece = lane_index(); piece - lane_index() < pieces; piece += STEP) {
-                Values values;
-                ask(values, token, piece);
-                if (token == 0 && piece < 32) meanwhile();
-                store(values, token, piece, to + token * stride, stride, [&](int row, const Words4& value) {
-                    if constexpr (BFLOAT) largest[row] = max(largest[row], largest_of(value));
-                });
-            }
+            bring(token, to + token * stride, stride, largest, meanwhile);
             if constexpr (BFLOAT) {
 #pragma unroll
                 for (int i = 0; i < SIDE_BY_SIDE; ++i) {
@@ -129,22 +127,13 @@ struct DigitFilling : TokenPieces {
     u32 factors;
     float gain;
 
-    // Loops stay loops: the machine code that a block's start runs through is short. `meanwhile` is called once, when the first
-    // of x has been asked for.
+    // Loops stay loops: the machine code that a block's start runs through is short.
     template <typename Meanwhile>
     __device__ __forceinline__ void fill(Meanwhile meanwhile) const {
         for (int token = 0; token < batch; token += SIDE_BY_SIDE) {
             u32 largest[SIDE_BY_SIDE] = {};
-#pragma unroll 1
-            for (int piece = lane_index(); piece - lane_index() < pieces; piece += STEP) {
-                Values values;
-                ask(values, token, piece);
-                if (token == 0 && piece < 32) meanwhile();
-                // to where the first digits will be
-                store(values, token, piece, to + token * DIGITS * stride, DIGITS * stride, [&](int row, const Words4& value) {
-                    largest[row] = max(largest[row], largest_of(value));
-                });
-            }
+            // to where the first digits will be
+            bring(token, to + token * DIGITS * stride, DIGITS * stride, largest, meanwhile);
 #pragma unroll 1
             for (int i = 0; i < SIDE_BY_SIDE && token + i < batch; ++i) {
                 u32 own = largest[0];

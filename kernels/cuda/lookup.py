@@ -28,9 +28,8 @@ def source(spec: QuantizerSpec, rate: float, dtype: torch.dtype) -> tuple[Source
     Args:
         dtype: that is written: fp16, bf16 or fp32.
     """
-    macros = decoder_macros(
-        spec, [rate], 1, signed=False
-    )  # one copy of the table, but for codes that are bytes: these bring 32
+    # One copy of the table, but for codes that are bytes: these bring 32.
+    macros = decoder_macros(spec, [rate], 1, signed=False)
     macros |= {"WARPS": _WARPS, "OUT": ROW_FORMATS[dtype]}
     return Source("lookup.cu", "look_up", macros), table_size(spec, 1, signed=False)
 

@@ -95,11 +95,6 @@ class Launch:
     workspace_words: int
 
 
-def _has_table(spec: QuantizerSpec) -> bool:
-    """Whether a kernel decodes by a table in shared memory."""
-    return spec.family is not Family.INT and spec.code is not TrellisCode.MAD
-
-
 def _looks_up_pairs(spec: QuantizerSpec) -> bool:
     return spec.family is Family.VQ or spec.bits <= _LARGEST_PAIR_TABLE.get(spec.family, 0)
 
@@ -250,7 +245,7 @@ def launch_for(
 @cache
 def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
     """The tuning that should be fastest; None where none fits."""
-    tabled = _has_table(spec)
+    tabled = spec.table_bytes > 0
     signs = (True, False) if spec.has_trellis and tabled else (True,)
     replicas: tuple[int, ...] = (32, 16, 8, 4, 1)
     if not tabled or plane_bits(spec, pair_width(max(spec.rates))):
@@ -323,7 +318,7 @@ def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning
     unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas]
     if tuning.rows == 1:
         unit *= _ONE_ROW[_kind_of_table(spec, tuning)]
-    if not _has_table(spec) and not tuning.ring:
+    if not spec.table_bytes and not tuning.ring:
         unit *= _NO_RING
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED
@@ -339,7 +334,7 @@ def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning
 
 
 def _kind_of_table(spec: QuantizerSpec, tuning: Tuning) -> str:
-    if not _has_table(spec):
+    if not spec.table_bytes:
         return "none"
     if not spec.has_trellis:
         return "other"

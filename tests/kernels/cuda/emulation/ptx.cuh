@@ -122,34 +122,30 @@ inline void end_copy_group() {}
 template <int COUNT>
 inline void wait_for_copy_groups() {}
 
-// PTX, "Matrix fragments for mma.m16n8k16": lane 4 g + t holds rows g and g + 8 of the weights and column g of the tokens.
-inline void multiply_add(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
-    int slot = emulator::exchange({a, b, c, d, low, high});
+// PTX, "Matrix fragments for mma.m16n8k16" and "m16n8k32": lane 4 g + t holds rows g and g + 8 of the weights and column g of
+// the tokens. `dot` multiplies the numbers of two words and adds them to a sum.
+template <class Number, class Dot>
+inline void multiply_fragments(Number (&sum)[4], std::initializer_list<u32> words, Dot dot) {
+    int slot = emulator::exchange(words);
     int g = lane_index() / 4, t = lane_index() % 4;
     for (int i = 0; i < 4; ++i) {
         for (int source = 0; source < 4; ++source) {
             const u32* row = emulator::received(slot, 4 * g + source);
             const u32* column = emulator::received(slot, 4 * (2 * t + i % 2) + source);
-            for (int side = 0; side < 2; ++side) {
-                sum[i] += half_of(row[i / 2], side) * half_of(column[4], side);
-                sum[i] += half_of(row[2 + i / 2], side) * half_of(column[5], side);
-            }
+            dot(sum[i], row[i / 2], column[4]);
+            dot(sum[i], row[2 + i / 2], column[5]);
         }
     }
 }
 
-// PTX, "Matrix fragments for mma.m16n8k32": the same with four neighbouring signed bytes for two halves.
+inline void multiply_add(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
+    multiply_fragments(sum, {a, b, c, d, low, high}, [](float& to, u32 x, u32 y) {
+        for (int side = 0; side < 2; ++side) to += half_of(x, side) * half_of(y, side);
+    });
+}
+
 inline void multiply_add(int (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
-    int slot = emulator::exchange({a, b, c, d, low, high});
-    int g = lane_index() / 4, t = lane_index() % 4;
-    for (int i = 0; i < 4; ++i) {
-        for (int source = 0; source < 4; ++source) {
-            const u32* row = emulator::received(slot, 4 * g + source);
-            const u32* column = emulator::received(slot, 4 * (2 * t + i % 2) + source);
-            for (int byte = 0; byte < 32; byte += 8) {
-                sum[i] += (signed char)(row[i / 2] >> byte) * (signed char)(column[4] >> byte);
-                sum[i] += (signed char)(row[2 + i / 2] >> byte) * (signed char)(column[5] >> byte);
-            }
-        }
-    }
+    multiply_fragments(sum, {a, b, c, d, low, high}, [](int& to, u32 x, u32 y) {
+        for (int byte = 0; byte < 32; byte += 8) to += (signed char)(x >> byte) * (signed char)(y >> byte);
+    });
 }

@@ -20,15 +20,15 @@
 #include "tokens.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr bool BYTES = FAMILY == MAD;
-constexpr int COLUMNS = BYTES ? DIGITS : 1;  // that a token takes of a multiplication
-constexpr int TOKEN_TILES = (TOKENS * COLUMNS + 7) / 8;
 constexpr int TOKEN_STRIDE = TOKENS == 1 ? 16 : 20;  // floats; 20 keeps the fragments' stores free of conflicts
 constexpr int TILE_SUMS = TOKENS * TOKEN_STRIDE;
 constexpr u32 EMPTY = 0xFFFFFFFF;  // a NaN that no sum has
 constexpr int MOST_POLLS = 1 << 23;  // seconds: the workspace must have been shared or spoilt
 
 using Low = Choose<WIDTH_LOW>::Decoder;
+constexpr bool BYTES = Low::BYTES;
+constexpr int COLUMNS = BYTES ? DIGITS : 1;  // that a token takes of a multiplication
+constexpr int TOKEN_TILES = (TOKENS * COLUMNS + 7) / 8;
 constexpr int LOW_WARPS = WARPS - HIGH_WARPS;
 constexpr int LOW_COLUMNS = LOW_WARPS / ROW_GROUPS, HIGH_COLUMNS = HIGH_WARPS / ROW_GROUPS;  // warps side by side
 constexpr int SLOTS = WARPS / ROW_GROUPS;  // of a row of tiles: one for each warp of a group
@@ -123,16 +123,6 @@ __device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors
     }
 }
 
-// The words of part PART of a block.
-template <typename Decoder, int BLOCK, int PART, int WIDTH>
-__device__ __forceinline__ void decode_part(const Unit<WIDTH>& unit, u32 table_lane, u32 (&words)[BLOCK_PAIRS]) {
-#if FAMILY == MAD
-    Decoder::template decode<BLOCK, PART>(unit, table_lane, words);
-#else
-    Decoder::template decode<BLOCK>(unit, table_lane, words);
-#endif
-}
-
 // A warp at work on its share: a step is one unit in each of ROWS rows of tiles, in 2 * ROWS pieces of a block each, or of
 // part of one. Decoding runs one piece ahead of the multiplications, so neither waits for the other.
 template <typename Decoder, int WIDTH>
@@ -168,7 +158,7 @@ struct Worker {
         load_fragments<1>(fragments[1], tokens, token_stride, batch);
         stream.take_first();
         Decoder::finish(stream.units[0][0]);
-        decode_part<Decoder, 0, 0>(stream.units[0][0], table_lane, weights[0]);
+        Decoder::template decode<0, 0>(stream.units[0][0], table_lane, weights[0]);
         if constexpr (RING > 0) {
             while (!step<0>()) {}
         } else {
@@ -219,13 +209,13 @@ struct Worker {
         if constexpr (NEXT < PIECES) {
             Unit<WIDTH>& unit = stream.units[NOW][NEXT % ROWS];
             if constexpr (NEXT < ROWS) Decoder::finish(unit);
-            decode_part<Decoder, NEXT / ROWS / PARTS, NEXT / ROWS % PARTS>(unit, table_lane, weights[NEXT % 2]);
+            Decoder::template decode<NEXT / ROWS / PARTS, NEXT / ROWS % PARTS>(unit, table_lane, weights[NEXT % 2]);
             if constexpr (RING > 0 && NEXT >= PIECES - ROWS) stream.take(NEXT % ROWS);
         } else {
             Unit<WIDTH>& unit = stream.units[THEN][0];
             if constexpr (RING == 0) stream.fetch_after(PLACE, unit);
             Decoder::finish(unit);
-            decode_part<Decoder, 0, 0>(unit, table_lane, weights[0]);
+            Decoder::template decode<0, 0>(unit, table_lane, weights[0]);
         }
         multiply_part<PARTS, PART>(sums[ROW], weights[PIECE % 2], fragments[BLOCK]);
         if constexpr (ROW == ROWS - 1 && PART == PARTS - 1) {
@@ -234,16 +224,6 @@ struct Worker {
         if constexpr (NEXT < PIECES) pieces<PLACE, NEXT>();
     }
 };
-
-// By what sums of hashes are multiplied.
-template <typename Decoder>
-__device__ __forceinline__ float gain_of() {
-#if FAMILY == MAD
-    return Decoder::gain();
-#else
-    return 1;
-#endif
-}
 
 // Where a block's results go, and where in shared memory their factors lie.
 struct Output {
@@ -383,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         u32 own = tokens + share.first * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
         Worker<Low, WIDTH_LOW> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share, ring);
-        start.prepare(share, low, own, factors, gain_of<Low>(), work.stream);
+        start.prepare(share, low, own, factors, Low::gain(), work.stream);
         work.multiply_share(share, column);
     } else if constexpr (HIGH_WARPS > 0) {
         Share share = share_of<HIGH_COLUMNS>(warp - LOW_WARPS, high, tiles);
@@ -392,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         Worker<High, SECOND_WIDTH> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
         work.stream.begin(
             packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share, ring);
-        start.prepare(share, high, own, factors, gain_of<High>(), work.stream);
+        start.prepare(share, high, own, factors, High::gain(), work.stream);
         work.multiply_share(share, column);
     }
     copy_wait();

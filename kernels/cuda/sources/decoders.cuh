@@ -40,6 +40,9 @@ struct Unit {
     u32 next;  // trellis codes: the first 16 bits that follow the lane's run, block 0 in the low half, 1 in the high
 
     static constexpr int LANE_BYTES = WIDTH >= 4 ? 16 : WIDTH >= 2 ? 8 : 4;  // of a lane's first piece
+    static constexpr int TWOS = WIDTH / 4 * 512;                      // where the pieces of 8 bytes begin,
+    static constexpr int ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);  // and those of 4
+    static constexpr int TO_TWO = LANE_BYTES - 8, TO_ONE = LANE_BYTES - 4;  // from a lane's first piece back to these, a lane
 
     // A lane's words. `place`: of its first piece in global memory; where not `active`, the words stay as they are.
     __device__ __forceinline__ void load(const u8* place, bool active = true, int lane = lane_index()) {
@@ -50,15 +53,14 @@ struct Unit {
             load_once_if(four, place + 512 * piece, active);
             to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         }
-        constexpr int TWOS = WIDTH / 4 * 512, ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);
         if constexpr ((WIDTH & 2) != 0) {
             u32* to = words + WIDTH / 4 * 4;
             Words2 two{to[0], to[1]};
-            load_once_if(two, place - (LANE_BYTES - 8) * lane + TWOS, active);
+            load_once_if(two, place - TO_TWO * lane + TWOS, active);
             to[0] = two.x, to[1] = two.y;
         }
         if constexpr ((WIDTH & 1) != 0) {
-            load_once_if(words[WIDTH - 1], place - (LANE_BYTES - 4) * lane + ONES, active);
+            load_once_if(words[WIDTH - 1], place - TO_ONE * lane + ONES, active);
         }
     }
 
@@ -68,8 +70,6 @@ struct Unit {
         u32 own = to + LANE_BYTES * lane;
 #pragma unroll
         for (int piece = 0; piece < WIDTH / 4; ++piece) copy_async_if<16>(own + 512 * piece, place + 512 * piece, active);
-        constexpr int TWOS = WIDTH / 4 * 512, ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);
-        constexpr int TO_TWO = LANE_BYTES - 8, TO_ONE = LANE_BYTES - 4;
         if constexpr ((WIDTH & 2) != 0) copy_async_if<8>(own - TO_TWO * lane + TWOS, place - TO_TWO * lane + TWOS, active);
         if constexpr ((WIDTH & 1) != 0) copy_async_if<4>(own - TO_ONE * lane + ONES, place - TO_ONE * lane + ONES, active);
     }
@@ -83,7 +83,6 @@ struct Unit {
             u32* to = words + 4 * piece;
             to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         }
-        constexpr int TWOS = WIDTH / 4 * 512, ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);
         if constexpr ((WIDTH & 2) != 0) {
             Words2 two = load_shared_two(from + TWOS + 8 * lane);
             words[WIDTH / 4 * 4] = two.x, words[WIDTH / 4 * 4 + 1] = two.y;
@@ -103,10 +102,14 @@ __device__ __forceinline__ u32 window(const u32 (&words)[N], int position, int c
     return funnel_shift(words[word], words[word + 1], shift);
 }
 
-// What `decode` gives for a block: words[BLOCK_PAIRS] of it, in PARTS calls.
+// What is common to decoders of fp16 weights: `decode<BLOCK, PART>` gives BLOCK_PAIRS words of a block, which PARTS calls give
+// whole; sums of products are multiplied by `gain`.
 struct HalfDecoder {
     using Sum = float;
+    static constexpr bool BYTES = false;  // whether the words are multiplied byte by byte
     static constexpr int PARTS = 1;
+
+    static __device__ __forceinline__ float gain() { return 1; }
 };
 
 // A table on its way to shared memory, by the first THREADS threads of a block: `ask` loads what it is made of, `store`
@@ -225,7 +228,7 @@ struct IntegerDecoder : HalfDecoder {
         return bits;
     }
 
-    template <int BLOCK, int I = 0>
+    template <int BLOCK, int PART, int I = 0>
     static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, u32 exponents, u32 (&weights)[BLOCK_PAIRS]) {
         constexpr int PAIR = BLOCK * BLOCK_PAIRS + I, WORD = PAIR / IN_WORD;
         if constexpr (WORD < WIDTH) {
@@ -234,7 +237,7 @@ struct IntegerDecoder : HalfDecoder {
         } else {
             weights[I] = levels<1>(gather<PAIR - WIDTH * IN_WORD>(unit.words), exponents);
         }
-        if constexpr (I + 1 < BLOCK_PAIRS) decode<BLOCK, I + 1>(unit, exponents, weights);
+        if constexpr (I + 1 < BLOCK_PAIRS) decode<BLOCK, PART, I + 1>(unit, exponents, weights);
     }
 };
 
@@ -286,7 +289,7 @@ struct ByteDecoder : HalfDecoder {
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
 
-    template <int BLOCK>
+    template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(
         const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
         constexpr int CODES = DOUBLE ? BLOCK_PAIRS / 2 : BLOCK_PAIRS;
@@ -321,7 +324,7 @@ struct PairDecoder : HalfDecoder {
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
 
-    template <int BLOCK>
+    template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(
         const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
 #pragma unroll
@@ -350,7 +353,7 @@ struct ScalarDecoder : HalfDecoder {
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
 
-    template <int BLOCK>
+    template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(
         const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
         u32 level[2];
@@ -426,7 +429,7 @@ struct TrellisDecoder : HalfDecoder, TrellisRuns<WIDTH> {
 
     static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
 
-    template <int BLOCK>
+    template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(
         const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
         Run<WIDTH, BLOCK> run(unit);
@@ -455,6 +458,7 @@ struct TrellisDecoder : HalfDecoder, TrellisRuns<WIDTH> {
 template <int WIDTH, int STATE>
 struct MadDecoder : TrellisRuns<WIDTH> {
     using Sum = int;
+    static constexpr bool BYTES = true;
     static constexpr bool LOW = WIDTH == WIDTH_LOW;
     static constexpr int HASHES = LOW ? HASHES_LOW : HASHES_HIGH;
     static constexpr int PARTS = HASHES, PAIRS = BLOCK_PAIRS / PARTS;
@@ -557,15 +561,15 @@ struct Choose {
 // Both weights of every pair of a block, as numbers.
 template <typename Decoder, int BLOCK, int WIDTH>
 __device__ __forceinline__ void decode_values(const Unit<WIDTH>& unit, u32 table_lane, float (&values)[2 * BLOCK_PAIRS]) {
-#if FAMILY == MAD
-    Decoder::template values<BLOCK>(unit, table_lane, values);
-#else
-    u32 weights[BLOCK_PAIRS];
-    Decoder::template decode<BLOCK>(unit, table_lane, weights);
+    if constexpr (Decoder::BYTES) {
+        Decoder::template values<BLOCK>(unit, table_lane, values);
+    } else {
+        u32 weights[BLOCK_PAIRS];
+        Decoder::template decode<BLOCK, 0>(unit, table_lane, weights);
 #pragma unroll
-    for (int i = 0; i < BLOCK_PAIRS; ++i) {
-        values[2 * i] = half_to_float(weights[i] & 0xFFFF);
-        values[2 * i + 1] = half_to_float(weights[i] >> 16);
+        for (int i = 0; i < BLOCK_PAIRS; ++i) {
+            values[2 * i] = half_to_float(weights[i] & 0xFFFF);
+            values[2 * i + 1] = half_to_float(weights[i] >> 16);
+        }
     }
-#endif
 }

@@ -4,7 +4,7 @@ The stored layout (`packing`) numbers a tile's pairs by lane, four a lane. A ker
 the bit stream with few aligned loads. So a *unit* of 16 rows x 128 columns, 8 tiles, is dealt out anew: lane 4 g + t
 takes pairs ``16 g .. 16 g + 15`` of tile ``t`` and then of tile ``4 + t``, ``2 * width`` bytes each, in all `width`
 32-bit words. In memory the lanes' words are interleaved in pieces of 16 bytes a lane, then one of 8 where
-``width & 2``, then one of 4 where ``width & 1``. `sources/decoders.cuh` is the other side of this.
+``width & 2``, then one of 4 where ``width & 1``. `sources/units.cuh` is the other side of this.
 
 `nuq` and `vq` of at most 8 bits a pair (`plane_bits`) have each lane's bits in *byte planes*: a code
 of one pair, or of two where that is 8 bits or less, is to be a byte that one instruction cuts out. Code ``4 i + j`` of

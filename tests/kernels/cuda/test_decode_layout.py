@@ -1,4 +1,4 @@
-"""The kernels' layout, read lane by lane as `sources/decoders.cuh` says, gives the weights of the PyTorch twin."""
+"""The kernels' layout, read lane by lane as `sources/units.cuh` says, gives the weights of the PyTorch twin."""
 
 from __future__ import annotations
 

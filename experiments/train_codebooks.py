@@ -32,7 +32,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..kernels.codebooks import codebook_key, row_spec
+from ..kernels.codebooks import codebook_key, rounded, row_spec
 from ..kernels.quantize import coders
 from ..kernels.quantizers.base import PairCoder
 from ..kernels.quantizers.codes import table_indices
@@ -60,7 +60,7 @@ def gaussian_pairs(tiles: int, seed: int, device: str) -> Tensor:
 
 
 def lloyd_max(levels: int) -> Tensor:
-    """Optimal scalar levels for N(0,1), ``(levels, 1)`` fp16; iterated in float64 to a fixed point."""
+    """Optimal scalar levels for N(0,1), ``(levels, 1)`` float64, iterated to a fixed point."""
     normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64))
     points = math.sqrt(3) * normal.icdf((torch.arange(levels, dtype=torch.float64) + 0.5) / levels)
     infinity = torch.tensor([math.inf], dtype=torch.float64)
@@ -72,8 +72,7 @@ def lloyd_max(levels: int) -> Tensor:
         points = updated
         if moved < 1e-9:
             break
-    table: Tensor = points.half().unsqueeze(1)
-    return table
+    return points.unsqueeze(1)
 
 
 def k_means(samples: Tensor, points: Tensor, iterations: int) -> Tensor:
@@ -138,15 +137,15 @@ def _integer_error(coder: PairCoder, pairs: Tensor) -> float:
 
 
 def train(spec: QuantizerSpec, device: str, tiles: int, iterations: int, seed: int) -> Tensor:
-    """The fp16 table of one quantizer."""
+    """The fp16 table of one quantizer, as it is stored."""
     if not spec.table_bytes:
         return NO_TABLE
     if spec.family is Family.NUQ:
-        return lloyd_max(spec.codebook_shape[0])
+        return rounded(spec, lloyd_max(spec.codebook_shape[0]))
     start = torch.randn(spec.codebook_shape, generator=torch.Generator().manual_seed(seed)).to(device)
     samples = gaussian_pairs(tiles, seed, device)
     if spec.family is Family.VQ:
-        return k_means(samples, start * math.sqrt(2), 4 * iterations).half().cpu()
+        return rounded(spec, k_means(samples, start * math.sqrt(2), 4 * iterations)).cpu()
     if spec.code is TrellisCode.HYB:
         samples[..., 0].abs_()
         start[:, 0].abs_()

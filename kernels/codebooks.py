@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import QuantizerError
-from .specs import Family, QuantizerSpec, TrellisCode
+from .specs import BYTE_LEVEL_BITS, Family, QuantizerSpec, TrellisCode
 
 _DATA = Path(__file__).parent / "data"
 
@@ -56,6 +56,31 @@ def codebook(spec: QuantizerSpec) -> Tensor:
             f"{spec.label} needs a codebook of shape {spec.codebook_shape}, found {found} in {_DATA}; reinstall msq."
         )
     return table.clone()
+
+
+def rounded(spec: QuantizerSpec, table: Tensor) -> Tensor:
+    """A trained or fitted table as it is stored, fp16: of a quantizer with byte levels, at the nearest of these.
+
+    That costs the error of `nuq` and `vq` on N(0,1) less than 0.1%.
+    """
+    if spec.has_byte_levels:
+        steps = 1 << BYTE_LEVEL_BITS
+        table = (table * steps).round().clamp(-127, 127) / steps
+    return table.half()
+
+
+def check_levels(spec: QuantizerSpec, table: Tensor) -> None:
+    """Check that a table is one that `rounded` could give.
+
+    Raises:
+        QuantizerError: it isn't.
+    """
+    if not torch.equal(rounded(spec, table.float()), table):
+        raise QuantizerError(
+            f"expected a codebook of multiples of 1/{1 << BYTE_LEVEL_BITS} below 4 for {spec.label}; "
+            "got other numbers: quantize the model anew with this version of msq, or pass a table of your own through "
+            "codebooks.rounded()."
+        )
 
 
 @cache

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .codebooks import check_levels, gaussian_error
 from .codebooks import codebook as shipped_codebook
-from .codebooks import gaussian_error
 from .errors import QuantizerError
 from .hessian import Hessian
 from .ldlq import encode_with_feedback, goes_up
@@ -155,8 +155,8 @@ def quantize(
         hessian: of the inputs, in the basis of `rotation_seed` (for `int` also in the model's own); None for data-free.
 
     Raises:
-        QuantizerError: the weight is not a finite matrix, a row is too large for an fp16 scale, or the Hessian is for
-            another size or rotation.
+        QuantizerError: the weight is not a finite matrix, a row is too large for an fp16 scale, the Hessian is for
+            another size or rotation, or the codebook has levels that the quantizer can't store.
     """
     if weight.ndim != 2 or not weight.numel() or not weight.is_floating_point():
         raise QuantizerError(
@@ -171,6 +171,7 @@ def quantize(
     if hessian is not None:
         _check_basis(hessian, spec, weight.shape[1], rotation_seed)
     table = shipped_codebook(spec) if codebook is None else codebook
+    check_levels(spec, table)
     table = table.to(weight.device)
     if spec.family is Family.INT:
         seed, hessian = None, hessian and hessian.unrotated()

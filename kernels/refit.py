@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .codebook_map import CodebookMap
+from .codebooks import rounded
 from .hessian import Hessian
 from .quantize import QuantizedWeight, decode, decode_unit, least_squares_scales
 from .rotation import rotate
@@ -86,7 +87,7 @@ def _scales(layer: FittedLayer, packed: QuantizedWeight) -> Tensor:
 
 
 def _codebook(layers: Sequence[FittedLayer], maps: Sequence[CodebookMap]) -> Tensor:
-    """The codebook of least loss for the layers' scales, fp16."""
+    """The codebook of least loss for the layers' scales, as it is stored."""
     scales = [layer.packed.scales.float().unsqueeze(1) for layer in layers]
     parts = list(zip(layers, maps, scales, strict=True))
 
@@ -108,4 +109,5 @@ def _codebook(layers: Sequence[FittedLayer], maps: Sequence[CodebookMap]) -> Ten
         table, residual = table + step * direction, residual - step * image
         last, power = power, residual.square().sum()
         direction = residual + power / last * direction
-    return table.view(layers[0].packed.codebook.shape).half()
+    first = layers[0].packed
+    return rounded(first.spec, table.view(first.codebook.shape))

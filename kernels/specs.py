@@ -87,6 +87,8 @@ _LARGEST_TABLE_BITS = 15
 """The HYB hash has 15 bits beside the sign."""
 SHIPPED_TABLE_BITS = {3.5: (9, 11), 4.0: (9, 10, 12), 4.5: (10, 12), 5.0: (11, 13)}
 """Sizes of `tcq` tables on offer beside the default, by bits per weight."""
+BYTE_LEVEL_BITS = 5
+"""Codebooks of few levels are whole multiples of ``2**-5``, so that kernels multiply them as bytes (`codebooks.rounded`)."""
 DEFAULT_TABLE = -1
 """As `table_bits`: the default of the rate."""
 
@@ -204,6 +206,11 @@ class QuantizerSpec:
         if self.family is Family.VQ:
             return (1 << int(2 * self.bits), 2)
         return (1 << self.table_bits, 2)
+
+    @property
+    def has_byte_levels(self) -> bool:
+        """Whether the codebook's numbers are bytes times ``2**-BYTE_LEVEL_BITS``: `nuq` to 3 bits, `vq` to 2."""
+        return self.bits <= {Family.NUQ: 3, Family.VQ: 2}.get(self.family, 0)
 
     @property
     def table_bytes(self) -> int:

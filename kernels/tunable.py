@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .codebook_map import CodebookMap
+from .codebooks import rounded
 from .quantize import LARGEST_SCALE, QuantizedWeight, decode_unit
 from .rotation import rotate
 
@@ -55,4 +56,8 @@ class TunableLinear(nn.Module):
         """The layer as it is now, rounded to what is stored."""
         scales = self.packed.scales.float() * self.scale_logs.detach().exp()
         changed = replace(self.packed, scales=scales.clamp(0, LARGEST_SCALE).half())
-        return changed if self.codebook is None else replace(changed, codebook=self.codebook.detach().half())
+        return (
+            changed
+            if self.codebook is None
+            else replace(changed, codebook=rounded(changed.spec, self.codebook.detach()))
+        )

@@ -6,10 +6,16 @@ takes pairs ``16 g .. 16 g + 15`` of tile ``t`` and then of tile ``4 + t``, ``2 
 32-bit words. In memory the lanes' words are interleaved in pieces of 16 bytes a lane, then one of 8 where
 ``width & 2``, then one of 4 where ``width & 1``. `sources/units.cuh` is the other side of this.
 
-`nuq` and `vq` of at most 8 bits a pair (`plane_bits`) have each lane's bits in *byte planes*: a code
-of one pair, or of two where that is 8 bits or less, is to be a byte that one instruction cuts out. Code ``4 i + j`` of
-a lane is the low bits of byte ``j`` of word ``i``; the codes left over are spread over the bits above: plane ``n`` of
-those, one bit in each of the four bytes, is the ``n % bits``-th of the codes ``4 * (width + n // bits) + j``.
+`nuq` of 8 bits a pair and `vq` of at most 8 (`plane_bits`) have each lane's bits in *byte planes*: a code of one pair,
+or of a quad where levels are bytes, is to be a byte that one instruction cuts out. Code ``4 i + j`` of a lane is the
+low bits of byte ``j`` of word ``i``; the codes left over are spread over the bits above: plane ``n`` of those, one bit
+in each of the four bytes, is the ``n % bits``-th of the codes ``4 * (width + n // bits) + j``.
+
+Weights whose levels are bytes (`QuantizerSpec.has_byte_levels`) go by *quads*, four neighbouring columns of a row, a
+word of a tensor-core multiplication: quad ``2 c + r`` of a block is columns ``4 c .. 4 c + 3`` of row ``g + 8 r``.
+`nuq` of 2 and 3 bits has their codes in *nibbles*, four of them side by side, the first quad's in the low half of a
+word: two codes of 2 bits to a nibble, the second one of a quad two further; or one of 3 bits, and the two quads left
+over spread over the bits above, bit ``n`` in the block's word ``n``.
 
 `int` has *half planes*: the codes of a pair are to lie at the same bits of a word's halves, so that one instruction
 brings both to where they are numbers. Bit 0 of the first code is bit 1 of its half, the others follow in steps of their
@@ -21,6 +27,7 @@ zeros, which meet zeros in the input. Each segment of a two-rate quantizer is tr
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..codebooks import check_levels
 from ..quantize import QuantizedWeight
 from ..specs import TILE, Family, QuantizerSpec
 
@@ -82,10 +90,15 @@ def _pieces(width: int) -> list[int]:
 
 
 def plane_bits(spec: QuantizerSpec, width: int) -> int:
-    """Bits of the codes that lie in byte planes; 0 where the lanes' bits are a plain stream."""
-    if spec.has_trellis or spec.family is Family.INT or width > LARGEST_BYTE_CODE:
+    """Bits of the codes that lie in byte planes; 0 where they don't."""
+    if spec.has_trellis or spec.family is Family.INT or width > LARGEST_BYTE_CODE or in_nibbles(spec):
         return 0
-    return width if 2 * width > LARGEST_BYTE_CODE else 2 * width
+    return 2 * width if spec.has_byte_levels else width
+
+
+def in_nibbles(spec: QuantizerSpec) -> bool:
+    """Whether codes lie in nibbles, to choose among the levels of a register: these need no table."""
+    return spec.family is Family.NUQ and spec.has_byte_levels
 
 
 @cache
@@ -113,12 +126,43 @@ def _half_plane_order(bits: int) -> Tensor:
     return order
 
 
+@cache
+def _quad_order(width: int) -> Tensor:
+    """For each bit of a lane's stream of quads, which bit of the plain stream it is: ``(32 * width,)``."""
+    block, c, r, half, bit = torch.meshgrid(*(torch.arange(n) for n in (2, 4, 2, 2, width)), indexing="ij")
+    pair = 4 * (2 * (c % 2) + half) + 2 * (c // 2) + r
+    return ((16 * block + pair) * width + bit).flatten()
+
+
+@cache
+def _nibble_order(bits: int) -> Tensor:
+    """For each bit of a lane's words in nibbles, which bit of the stream of quads it is: ``(64 * bits,)``."""
+    order = torch.empty(64 * bits, dtype=torch.int64)
+    for block, quad, column, bit in itertools.product(range(2), range(8), range(4), range(bits)):
+        if bits == 2:
+            word, half, place = quad // 4, quad % 2, 2 * (quad % 4 // 2) + bit
+        elif quad < 6:
+            word, half, place = quad // 2, quad % 2, bit
+        else:
+            word, half, place = bit, quad % 2, 3
+        order[32 * (bits * block + word) + 16 * half + 4 * column + place] = (
+            (8 * block + quad) * 4 + column
+        ) * bits + bit
+    return order
+
+
+@cache
 def _lane_order(spec: QuantizerSpec, width: int) -> Tensor | None:
     """Which bit of the plain stream each bit of a lane's words is; None where they are in that order."""
     if spec.family is Family.INT:
         return _half_plane_order(width // 2)
+    if in_nibbles(spec):
+        return _quad_order(width)[_nibble_order(width // 2)]
     bits = plane_bits(spec, width)
-    return _plane_order(bits, width) if bits else None
+    if not bits:
+        return None
+    planes = _plane_order(bits, width)
+    return _quad_order(width)[planes] if spec.has_byte_levels else planes
 
 
 def _reorder_bits(lanes: Tensor, order: Tensor) -> Tensor:
@@ -160,7 +204,12 @@ def from_units(units: Tensor, column_tiles: int, spec: QuantizerSpec) -> Tensor:
 
 
 def prepare(weight: QuantizedWeight) -> PreparedWeight:
-    """A layer for the kernels, on the device of its tensors; `decode.unsupported_reason` says which layers fit."""
+    """A layer for the kernels, on the device of its tensors; `decode.unsupported_reason` says which layers fit.
+
+    Raises:
+        QuantizerError: the codebook isn't one that the kernels can read.
+    """
+    check_levels(weight.spec, weight.codebook)
     return PreparedWeight(
         weight.spec,
         weight.out_features,

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from ..codebooks import check_levels
 from ..errors import KernelError
 from ..quantize import QuantizedWeight
 from ..specs import QuantizerSpec
@@ -48,6 +49,7 @@ class KernelLinear(nn.Module):
 
     Raises:
         KernelError: the kernels do not know the weight's trellis code.
+        QuantizerError: the codebook has other levels than the quantizer stores.
     """
 
     scales: Tensor
@@ -143,6 +145,7 @@ class KernelLinear(nn.Module):
         """Loading writes into buffers: not into a codebook that other modules share."""
         self.codebook = self.codebook.clone()
         super()._load_from_state_dict(*args, **options)
+        check_levels(self.spec, self.codebook)
         self.codebook = shared_codebook(self.codebook)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:

@@ -12,9 +12,9 @@ from functools import cache
 import torch
 
 from ..mad import mad_code
-from ..specs import TILE, Family, QuantizerSpec, TrellisCode
+from ..specs import BYTE_LEVEL_BITS, TILE, Family, QuantizerSpec, TrellisCode
 from .jit import Source
-from .layout import UNIT_COLUMNS, pair_width, plane_bits
+from .layout import UNIT_COLUMNS, in_nibbles, pair_width, plane_bits
 from .limits import RESERVED_BYTES, Limits, device_limits
 
 __all__ = [
@@ -106,6 +106,7 @@ def decoder_macros(spec: QuantizerSpec, rates: Sequence[float], replicas: int, s
         "FAMILY": _FAMILIES[spec.family],
         "STATE_BITS": spec.state_bits,
         "TABLE_BITS": max(spec.codebook_shape[0].bit_length() - 1, 0),
+        "LEVEL_BITS": BYTE_LEVEL_BITS if spec.has_byte_levels else 0,
         "TABLE_OF_PAIRS": _looks_up_pairs(spec),
         "REPLICAS": replicas,
         "SIGNED_TABLE": signed and spec.has_trellis,
@@ -125,6 +126,8 @@ def decoder_macros(spec: QuantizerSpec, rates: Sequence[float], replicas: int, s
 def table_size(spec: QuantizerSpec, replicas: int, signed: bool) -> int:
     """Bytes of the table in shared memory."""
     entries, width = spec.codebook_shape[0], pair_width(max(spec.rates))
+    if in_nibbles(spec):
+        return 0
     if spec.has_trellis:
         entries <<= signed
     elif bits := plane_bits(spec, width):
@@ -160,8 +163,14 @@ def _tokens(batch: int) -> int:
 
 
 def _digits(spec: QuantizerSpec) -> int:
-    """Numbers that stand for an activation: fp16, or the 8-bit digits that are multiplied by the bytes of hashes."""
-    return 2 if spec.code is TrellisCode.MAD else 1
+    """Numbers that stand for an activation: fp16, or the 8-bit digits that are multiplied by bytes."""
+    return 2 if spec.code is TrellisCode.MAD or spec.has_byte_levels else 1
+
+
+def _token_bytes(spec: QuantizerSpec, units: int) -> int:
+    """Bytes of shared memory that a token takes: a column's digits for quads are bytes (``decode.cu``)."""
+    columns = units * UNIT_COLUMNS
+    return _digits(spec) * (columns + 64 if spec.has_byte_levels else 2 * columns + 16)
 
 
 def _share_warps(units: tuple[int, ...], tuning: Tuning) -> tuple[int, ...] | None:
@@ -195,11 +204,11 @@ def _divide(
     factors = tuning.warps * tokens * 4
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
     shared_bytes = table_bytes + rings + factors + -factors % 16 + 4 * slots
-    shared_bytes += 2 * 2 * TILE * block_tiles + 2 * tokens * _digits(spec) * (sum(units) * UNIT_COLUMNS + 8)
+    shared_bytes += 2 * 2 * TILE * block_tiles + tokens * _token_bytes(spec, sum(units))
     if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
         return None
     warps = _share_warps(units, tuning)
-    if warps is None or (spec.code is TrellisCode.MAD and _most_units(units, warps, tuning.row_groups) > _MOST_UNITS):
+    if warps is None or (_digits(spec) > 1 and _most_units(units, warps, tuning.row_groups) > _MOST_UNITS):
         return None
     return _Division(row_tiles, chunk_blocks, block_tiles, units, warps, table_bytes, shared_bytes)
 
@@ -245,14 +254,13 @@ def launch_for(
 @cache
 def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
     """The tuning that should be fastest; None where none fits."""
-    tabled = spec.table_bytes > 0
+    tabled = table_size(spec, 1, signed=False) > 0
     signs = (True, False) if spec.has_trellis and tabled else (True,)
     replicas: tuple[int, ...] = (32, 16, 8, 4, 1)
     if not tabled or plane_bits(spec, pair_width(max(spec.rates))):
         replicas = (32,)  # no table, or every lane has a copy of its own anyway
-    rings = (0,) if tabled else (_RING, 0)  # with a table, lookups leave shared memory no time
-    # digits of 16 tokens take four multiplications' registers
-    warps = 8 if _tokens(batch) * _digits(spec) > _MOST_COLUMNS else 16
+    rings = (0,) if tabled else (_ring(spec), 0)  # with a table, lookups leave shared memory no time
+    warps = 8 if _tokens(batch) * _digits(spec) > _MOST_COLUMNS[tabled] else 16
     shape = (spec, out_features, in_features, batch, limits)
     for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
         if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
@@ -264,7 +272,7 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
                 warps,
                 rows=rows,
                 steps_at_start=2 if rows == 1 and not ring else 1,
-                ring=ring,
+                ring=ring if rows == 1 else min(ring, _RING_OF_TWO_ROWS),
                 row_groups=groups,
                 splits=chunks,
                 replicas=copies,
@@ -284,17 +292,17 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 # Cycles of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
 _UNIT_CYCLES = 40
 """To decode a unit: its 32 pairs, and the loads of their codes."""
-_MOST_COLUMNS = 16
-"""Of multiplications, for which a warp has registers where 16 of them share a multiprocessor's."""
-_RING = 2
-"""Steps in flight; more only delay each other."""
+_MOST_COLUMNS = {False: 4, True: 16}
+"""Of multiplications, for which 16 warps of a multiprocessor are best, without and with a table: more take registers."""
+_RING_OF_TWO_ROWS = 2
+"""Steps in flight where a step is two units; more only delay each other."""
 _NO_RING = 1.06
 """What `_UNIT_CYCLES` grow by without a ring, where there is no table."""
 _TOKEN_CYCLES = 2
 """To load a token's fragments, once for all rows of a step, for each of its digits."""
 _CONFLICTS = {32: 1.0, 16: 1.19, 8: 1.5, 4: 1.8, 1: 2.1}
 """What `_UNIT_CYCLES` grow by with fewer copies of the table."""
-_ONE_ROW = {"other": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95, "none": 1.05}
+_ONE_ROW = {"other": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95, "none": 1.03, "nibbles": 0.97}
 """And where a warp has one row at a time, by the kind of table."""
 _UNSIGNED = 1.15
 """And where signs are set by an instruction of their own."""
@@ -304,8 +312,8 @@ _SPLIT_CYCLES = 1700
 """To wait for the sums of each further block."""
 _GROUP_CYCLES = 500
 """To wait for tokens that another group of warps brings."""
-_DIGIT_CYCLES = 0.11
-"""To make the digits of an activation."""
+_DIGIT_CYCLES = {Family.TCQ: 0.08, Family.HALF_TCQ: 0.08, Family.NUQ: 0.03, Family.VQ: 0.03}
+"""To make the digits of an activation, for hashes along four directions and for quads."""
 _STORE_BYTES = 128
 """Of shared memory that a cycle writes; half of the table's time is spent waiting for weights anyway."""
 
@@ -318,7 +326,7 @@ def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning
     unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas]
     if tuning.rows == 1:
         unit *= _ONE_ROW[_kind_of_table(spec, tuning)]
-    if not spec.table_bytes and not tuning.ring:
+    if not division.table_bytes and not tuning.ring:
         unit *= _NO_RING
     if spec.has_trellis and not tuning.signed:
         unit *= _UNSIGNED
@@ -326,14 +334,21 @@ def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning
     decoding = tuning.warps * unit * (units + _FIRST_STEP_UNITS * tuning.rows)
     slots = division.block_tiles * (tuning.warps // tuning.row_groups)
     adding = 2 * slots * max(1, _tokens(batch) * TILE / 32)
-    activation = _DIGIT_CYCLES if spec.code is TrellisCode.MAD else 2 / _STORE_BYTES
+    activation = _DIGIT_CYCLES[spec.family] if _digits(spec) > 1 else 2 / _STORE_BYTES
     start = 0.5 * division.table_bytes / _STORE_BYTES + activation * batch * sum(division.units) * UNIT_COLUMNS
     waiting = (tuning.splits - 1) * (_SPLIT_CYCLES + division.block_tiles * batch)
     waiting += _GROUP_CYCLES if tuning.row_groups > 1 else 0
     return tuning.waves * (decoding + adding + start) + waiting
 
 
+def _ring(spec: QuantizerSpec) -> int:
+    """Steps in flight where a step is one unit: more where decoding takes less than the loads."""
+    return 4 if in_nibbles(spec) else 3
+
+
 def _kind_of_table(spec: QuantizerSpec, tuning: Tuning) -> str:
+    if in_nibbles(spec):
+        return "nibbles"
     if not spec.table_bytes:
         return "none"
     if not spec.has_trellis:

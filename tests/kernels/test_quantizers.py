@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from msq.kernels.codebooks import codebook, gaussian_error
+from msq.kernels.codebooks import check_levels, codebook, gaussian_error, rounded
 from msq.kernels.errors import QuantizerError
 from msq.kernels.quantize import (
     decode,
@@ -161,6 +161,18 @@ def test_zero_rows_stay_zero(spec):
 def test_bad_weights_are_refused(weight, message):
     with pytest.raises(QuantizerError, match=message):
         quantize(weight, QuantizerSpec(Family.NUQ, 4), rotation_seed=0)
+
+
+@pytest.mark.parametrize("label", ["nuq-2", "nuq-3", "vq-1.5", "vq-2"])
+def test_codebooks_of_few_levels_are_bytes(label):
+    spec = SHORT[label]
+    own = codebook(spec).float() * 1.01
+    with pytest.raises(QuantizerError, match=f"multiples of 1/32 below 4 for {label}; got other numbers"):
+        quantize(torch.randn(16, 32), spec, rotation_seed=0, codebook=own.half())
+    quantize(torch.randn(16, 32), spec, rotation_seed=0, codebook=rounded(spec, own))
+    assert float(rounded(spec, own * 100).abs().max()) == 127 / 32
+    with pytest.raises(QuantizerError, match="got other numbers"):
+        check_levels(spec, torch.full(spec.codebook_shape, torch.inf).half())
 
 
 def test_tensors_of_another_layer_are_refused():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from msq.kernels.codebook_map import CodebookMap
+from msq.kernels.codebooks import check_levels, rounded
 from msq.kernels.hessian import Hessian
 from msq.kernels.linear import QuantizedLinear, stack
 from msq.kernels.quantize import decode_unit, from_tensors, quantize
@@ -57,12 +58,20 @@ def test_the_map_gives_the_decoded_codes_and_its_adjoint(spec):
 @pytest.mark.parametrize("spec", WITH_CODEBOOK, ids=lambda spec: spec.label)
 def test_a_codebook_is_found_again(spec):
     weight = packed(spec)
-    taken = replace(weight, codebook=(weight.codebook * 1.3 + 0.1).half())
+    taken = replace(weight, codebook=rounded(spec, weight.codebook.float() * 1.3 + 0.1))
     target = decode_unit(taken) * taken.scales.float().unsqueeze(1)
     layer = FittedLayer(unrotate(target, SEED), weight, hessian())
     (found,) = refit([layer])
     assert replace(layer, packed=found).loss() < 1e-4 * layer.loss()
     assert all(torch.equal(a, b) for a, b in zip(found.packed, weight.packed, strict=True))
+
+
+@pytest.mark.parametrize("spec", WITH_CODEBOOK, ids=lambda spec: spec.label)
+def test_fitted_codebooks_are_ones_that_are_stored(spec):
+    layer = FittedLayer(drawn(ROWS, COLUMNS, seed=5), packed(spec), hessian())
+    (found,) = refit([layer])
+    assert not torch.equal(found.codebook, layer.packed.codebook)
+    check_levels(spec, found.codebook)
 
 
 @pytest.mark.parametrize("spec", WITH_CODEBOOK, ids=lambda spec: spec.label)

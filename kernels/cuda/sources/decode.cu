@@ -1,5 +1,5 @@
 // y = x W^T for up to 16 tokens and a packed W: decoded on the fly into the A operand of a tensor-core multiplication, of
-// fp16 weights, or of the bytes of hashes (MadDecoder) with the tokens as 8-bit digits.
+// fp16 weights, or of bytes with the tokens as 8-bit digits (Operand).
 //
 // A block takes one of SPLITS chunks of the input dimension (the grid is a multiple of SPLITS) and a range of rows of
 // tiles. Its warps form ROW_GROUPS groups, which take ROWS rows of tiles in turn; the warps of a group share the chunk's
@@ -12,7 +12,7 @@
 //
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
-// Macros: FAMILY, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
+// Macros: FAMILY, LEVEL_BITS, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
 // HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH (MadDecoder); ROWS, ROW_GROUPS, STEPS_AT_START, RING
 // (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
 // must have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT.
@@ -26,8 +26,11 @@ constexpr u32 EMPTY = 0xFFFFFFFF;  // a NaN that no sum has
 constexpr int MOST_POLLS = 1 << 23;  // seconds: the workspace must have been shared or spoilt
 
 using Low = Choose<WIDTH_LOW>::Decoder;
-constexpr bool BYTES = Low::BYTES;
+constexpr bool BYTES = Low::OPERAND != Operand::HALVES;
 constexpr int COLUMNS = BYTES ? DIGITS : 1;  // that a token takes of a multiplication
+constexpr int COLUMN_BYTES = Low::OPERAND == Operand::QUADS ? 1 : 2;  // of a token, or of each of its digits
+constexpr int TOKEN_UNIT = UNIT_COLUMNS * COLUMN_BYTES, TOKEN_BLOCK = TOKEN_UNIT / 2, TOKEN_LANE = TOKEN_BLOCK / 4;
+constexpr int TOKEN_FILLING = TOKEN_LANE == 16 ? 64 : 16;  // bytes after each, which keep loads free of bank conflicts
 constexpr int TOKEN_TILES = (TOKENS * COLUMNS + 7) / 8;
 constexpr int LOW_WARPS = WARPS - HIGH_WARPS;
 constexpr int LOW_COLUMNS = LOW_WARPS / ROW_GROUPS, HIGH_COLUMNS = HIGH_WARPS / ROW_GROUPS;  // warps side by side
@@ -45,7 +48,7 @@ constexpr int ROW_SUMS = SLOTS * TILE_SUMS * 4;  // bytes of the slots of a row 
 constexpr int ROW_BYTES = 2 * 16;                // of the scales, or the biases, of a row of tiles
 
 using Sums = Low::Sum[TOKEN_TILES][2][4];  // two chains, so that a multiplication needn't wait for the one before
-using Fragments = Words4[TOKEN_TILES][2];  // of the tokens, for the 4 multiplications of a block
+using Fragments = Words4[TOKEN_TILES][TOKEN_LANE / 16];  // of the tokens, for the multiplications of a block
 
 // Those of block BLOCK of a unit; tokens: of the unit's first column, at this lane's place.
 template <int BLOCK>
@@ -57,8 +60,8 @@ __device__ __forceinline__ void load_fragments(Fragments& fragments, u32 tokens,
 #pragma unroll
     for (int tile = 0; tile < TOKEN_TILES; ++tile) {
         u32 from = tokens + 8 * tile * token_stride;
-        load_shared_if<BLOCK * 128>(fragments[tile][0], from, front);
-        load_shared_if<BLOCK * 128 + 16>(fragments[tile][1], from, back);
+        load_shared_if<BLOCK * TOKEN_BLOCK>(fragments[tile][0], from, front);
+        if constexpr (TOKEN_LANE > 16) load_shared_if<BLOCK * TOKEN_BLOCK + 16>(fragments[tile][1], from, back);
     }
 }
 
@@ -87,6 +90,17 @@ __device__ __forceinline__ void multiply_part(Sums& sums, const u32 (&words)[BLO
     }
 }
 
+// The same for a block's quads.
+template <int PARTS, int PART>
+__device__ __forceinline__ void multiply_part(Sums& sums, const u32 (&quads)[BLOCK_QUADS], const Fragments& fragments) {
+#pragma unroll
+    for (int tile = 0; tile < TOKEN_TILES; ++tile) {
+        const Words4& columns = fragments[tile][0];
+        multiply_add(sums[tile][0], quads[0], quads[1], quads[2], quads[3], columns.x, columns.y);
+        multiply_add(sums[tile][1], quads[4], quads[5], quads[6], quads[7], columns.z, columns.w);
+    }
+}
+
 // Where in a slot a lane's first sum lies: of its first token, in row g.
 __device__ __forceinline__ u32 first_sum() {
     return 4 * (lane_index() % 4 * 2 / COLUMNS * TOKEN_STRIDE + lane_index() / 4);
@@ -106,7 +120,7 @@ __device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors
                 int further = 8 * tile / COLUMNS;
                 if (token + further >= TOKENS) continue;
                 // exact where a token is, as unit vectors are
-                float sum = static_cast<float>(first) + static_cast<float>(second) * (1.0f / DigitFilling::BASE);
+                float sum = static_cast<float>(first) + static_cast<float>(second) * (1.0f / DIGIT_BASE);
                 sum *= bits_to_float(load_shared_word(factors + 4 * (token + further)));
                 store_shared(to + 4 * (further * TOKEN_STRIDE + 8 * half), float_to_bits(sum));
             } else {
@@ -130,7 +144,7 @@ struct Worker {
     static constexpr int PARTS = Decoder::PARTS, PIECES = 2 * PARTS * ROWS;
 
     Stream<WIDTH> stream;
-    u32 table_lane;
+    typename Decoder::Asked codebook;
     u32 first_tokens;  // those of the share's first column, at this lane's place
     u32 token_stride;
     u32 factors;       // of the warp's tokens
@@ -139,9 +153,10 @@ struct Worker {
     int tiles;         // rows of tiles from there on
     int run;           // steps up to the end of the columns
     u32 tokens;
+    typename Decoder::Lane lane;
     Sums sums[ROWS];
     Fragments fragments[2];
-    u32 weights[2][BLOCK_PAIRS];  // of the last two pieces
+    typename Decoder::Words weights[2];  // of the last two pieces
 
     // column: of the warp among those of its group.
     __device__ __forceinline__ void multiply_share(const Share& share, int column) {
@@ -156,9 +171,10 @@ struct Worker {
         if (tiles <= 0) return;
         load_fragments<0>(fragments[0], tokens, token_stride, batch);
         load_fragments<1>(fragments[1], tokens, token_stride, batch);
+        lane = Decoder::lane(codebook);
         stream.take_first();
         Decoder::finish(stream.units[0][0]);
-        Decoder::template decode<0, 0>(stream.units[0][0], table_lane, weights[0]);
+        Decoder::template decode<0, 0>(stream.units[0][0], lane, weights[0]);
         if constexpr (RING > 0) {
             while (!step<0>()) {}
         } else {
@@ -189,7 +205,7 @@ struct Worker {
     template <int PLACE>
     __device__ __forceinline__ bool step() {
         --run;
-        tokens = run == 0 ? first_tokens : tokens + UNIT_COLUMNS * 2;
+        tokens = run == 0 ? first_tokens : tokens + TOKEN_UNIT;
         pieces<PLACE, 0>();
         if (run == 0) {
             store_rows();
@@ -209,13 +225,13 @@ struct Worker {
         if constexpr (NEXT < PIECES) {
             Unit<WIDTH>& unit = stream.units[NOW][NEXT % ROWS];
             if constexpr (NEXT < ROWS) Decoder::finish(unit);
-            Decoder::template decode<NEXT / ROWS / PARTS, NEXT / ROWS % PARTS>(unit, table_lane, weights[NEXT % 2]);
+            Decoder::template decode<NEXT / ROWS / PARTS, NEXT / ROWS % PARTS>(unit, lane, weights[NEXT % 2]);
             if constexpr (RING > 0 && NEXT >= PIECES - ROWS) stream.take(NEXT % ROWS);
         } else {
             Unit<WIDTH>& unit = stream.units[THEN][0];
             if constexpr (RING == 0) stream.fetch_after(PLACE, unit);
             Decoder::finish(unit);
-            Decoder::template decode<0, 0>(unit, table_lane, weights[0]);
+            Decoder::template decode<0, 0>(unit, lane, weights[0]);
         }
         multiply_part<PARTS, PART>(sums[ROW], weights[PIECE % 2], fragments[BLOCK]);
         if constexpr (ROW == ROWS - 1 && PART == PARTS - 1) {
@@ -283,7 +299,7 @@ struct Start {
             const u16* from = x + segment.column + first;
             int pieces = share.units * 16, real = (segment.columns - first) / 8;
             if constexpr (BYTES) {
-                DigitFilling{{from, in_features, batch, pieces, real}, to, token_stride, factors, gain}.fill(ask_ahead);
+                DigitFilling<Low::OPERAND>{{from, in_features, batch, pieces, real}, to, token_stride, factors, gain}.fill(ask_ahead);
             } else {
                 TokenFilling{{from, in_features, batch, pieces, real}, to, token_stride, factors}.fill(ask_ahead);
             }
@@ -345,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
 
     u32 row_scales = SUMS_OFFSET + most_tiles * ROW_SUMS, row_bias = row_scales + most_tiles * ROW_BYTES;
     u32 tokens = row_bias + most_tiles * ROW_BYTES;
-    u32 token_stride = ((low.units() + high.units()) * UNIT_COLUMNS + 8) * 2;  // 8 more: loads without bank conflicts
+    u32 token_stride = (low.units() + high.units()) * TOKEN_UNIT + TOKEN_FILLING;
 
     // The codebook is asked for first, as the first lookup waits for all of the table, and weights before tokens, which a
     // kernel ahead may still be writing.
@@ -354,22 +370,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     Start start{x, own_scales, own_bias, in_features, batch, tiles, token_stride, row_scales, row_bias, {}};
     if constexpr (Low::ENTRIES > 0) start.table.ask(codebook);
 
-    u32 lane_place = lane_index() / 4 * token_stride + lane_index() % 4 * 32;
+    u32 lane_place = lane_index() / 4 * token_stride + lane_index() % 4 * TOKEN_LANE;
     u64 tiles_before = first_tile;
     u32 ring = RING_OFFSET + warp * RING_BYTES;
     if (HIGH_WARPS == 0 || warp < LOW_WARPS) {
         Share share = share_of<LOW_COLUMNS>(warp, low, tiles);
         int column = warp % LOW_COLUMNS;
-        u32 own = tokens + share.first * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
-        Worker<Low, WIDTH_LOW> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
+        u32 own = tokens + share.first * TOKEN_UNIT, factors = FACTOR_OFFSET + column * TOKENS * 4;
+        Worker<Low, WIDTH_LOW> work{{}, Low::ask(codebook), own + lane_place, token_stride, factors, batch};
         work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share, ring);
         start.prepare(share, low, own, factors, Low::gain(), work.stream);
         work.multiply_share(share, column);
     } else if constexpr (HIGH_WARPS > 0) {
         Share share = share_of<HIGH_COLUMNS>(warp - LOW_WARPS, high, tiles);
         int column = LOW_COLUMNS + (warp - LOW_WARPS) % HIGH_COLUMNS;
-        u32 own = tokens + (low.units() + share.first) * UNIT_COLUMNS * 2, factors = FACTOR_OFFSET + column * TOKENS * 4;
-        Worker<High, SECOND_WIDTH> work{{}, Low::lane_offset(), own + lane_place, token_stride, factors, batch};
+        u32 own = tokens + (low.units() + share.first) * TOKEN_UNIT, factors = FACTOR_OFFSET + column * TOKENS * 4;
+        Worker<High, SECOND_WIDTH> work{{}, High::ask(codebook), own + lane_place, token_stride, factors, batch};
         work.stream.begin(
             packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share, ring);
         start.prepare(share, high, own, factors, High::gain(), work.stream);

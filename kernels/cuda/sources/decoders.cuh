@@ -1,5 +1,4 @@
-// Codes to what tensor cores multiply, one struct for each family of quantizers: pairs of fp16 weights, or, for the trellis
-// code MAD, hashes whose bytes are multiplied.
+// Codes to what tensor cores multiply (Operand), one struct for each family of quantizers.
 #pragma once
 
 #include "tables.cuh"
@@ -11,14 +10,13 @@
 template <int WIDTH>
 struct IntegerDecoder : HalfDecoder {
     static constexpr int BITS = WIDTH / 2;
-    static constexpr int ENTRIES = 0, STRIDE = 0, ENTRY_BYTES = 16, TABLE_BYTES = 0;
     static constexpr int STEP = BITS <= 5 ? BITS : 8;        // bits from one code of a half to the next
     static constexpr int IN_WORD = 16 / STEP;                // pairs of a word
     static constexpr int SPARE = 16 - IN_WORD * BITS;        // bits of a half that none of them takes
     static constexpr u32 BOTH = 0x00010001;
 
     // The exponents of `levels`, in a register: an instruction takes one constant, and that is the mask.
-    static __device__ __forceinline__ u32 lane_offset() { return hidden(0x6400 * BOTH); }
+    static __device__ __forceinline__ Lane lane(Asked) { return hidden(0x6400 * BOTH); }
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
 
@@ -66,7 +64,7 @@ struct IntegerDecoder : HalfDecoder {
     }
 
     template <int BLOCK, int PART, int I = 0>
-    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, u32 exponents, u32 (&weights)[BLOCK_PAIRS]) {
+    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, Lane exponents, Words& weights) {
         constexpr int PAIR = BLOCK * BLOCK_PAIRS + I, WORD = PAIR / IN_WORD;
         if constexpr (WORD < WIDTH) {
             u32 word = unit.words[WORD];
@@ -101,47 +99,117 @@ struct BytePlanes {
     }
 };
 
-// vq, and nuq at low rates, up to 8 bits a pair: the table entry of a pair's code, or of two pairs' codes where
-// these have 8 bits or less. A code is one byte of an octet, and entries are 256 bytes apart, so one byte permutation
-// makes an address. Every lane has its own copy: no bank conflicts.
+// A pair of a codebook's weights, in fp16, by its code of WIDTH bits.
+template <int WIDTH>
+__device__ __forceinline__ u32 codebook_pair(const u16* codebook, int code) {
+    if constexpr (FAMILY == VQ) return reinterpret_cast<const u32*>(codebook)[code];
+    int first = code & ((1 << WIDTH / 2) - 1), second = code >> WIDTH / 2;
+    return codebook[first] | static_cast<u32>(codebook[second]) << 16;
+}
+
+// vq from 5 to 8 bits a pair and nuq of 8: the table entry of a pair's code. A code is one byte of an octet, and entries are
+// 256 bytes apart, so one byte permutation makes an address. Every lane has its own copy: no bank conflicts.
 template <int WIDTH>
 struct ByteDecoder : HalfDecoder {
-    static constexpr bool DOUBLE = WIDTH <= 4;
-    static constexpr int BITS = DOUBLE ? 2 * WIDTH : WIDTH;
-    static constexpr int ENTRIES = 1 << BITS, STRIDE = 256, ENTRY_BYTES = DOUBLE ? 256 : 128;
+    static constexpr int ENTRIES = 1 << WIDTH, STRIDE = 256, ENTRY_BYTES = 128;
     static constexpr int TABLE_BYTES = ENTRIES * STRIDE;
 
-    static __device__ __forceinline__ u32 pair(const u16* codebook, int code) {
-        if constexpr (FAMILY == VQ) return reinterpret_cast<const u32*>(codebook)[code];
-        int first = code & ((1 << WIDTH / 2) - 1), second = code >> WIDTH / 2;
-        return codebook[first] | static_cast<u32>(codebook[second]) << 16;
-    }
-
     static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {
-        u32 first = pair(codebook, code & ((1 << WIDTH) - 1));
-        return Words2{first, DOUBLE ? pair(codebook, code >> WIDTH) : first};
+        u32 pair = codebook_pair<WIDTH>(codebook, code);
+        return Words2{pair, pair};
     }
 
-    static __device__ __forceinline__ u32 lane_offset() { return lane_index() * (DOUBLE ? 8 : 4); }
+    static __device__ __forceinline__ Lane lane(Asked) { return lane_index() * 4; }
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
 
     template <int BLOCK, int PART>
-    static __device__ __forceinline__ void decode(
-        const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
-        constexpr int CODES = DOUBLE ? BLOCK_PAIRS / 2 : BLOCK_PAIRS;
+    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, Lane lane, Words& weights) {
 #pragma unroll
-        for (int i = 0; i < CODES; ++i) {
-            int code = BLOCK * CODES + i;
-            u32 octet = BytePlanes<BITS, WIDTH>::octet(unit.words, code / 4);
-            u32 offset = permute(octet, lane, 0x5504 | code % 4 << 4);
-            if constexpr (DOUBLE) {
-                Words2 pair = lookup_two(offset);
-                weights[2 * i] = pair.x, weights[2 * i + 1] = pair.y;
-            } else {
-                weights[i] = lookup(offset);
-            }
+        for (int i = 0; i < BLOCK_PAIRS; ++i) {
+            int code = BLOCK * BLOCK_PAIRS + i;
+            u32 octet = BytePlanes<WIDTH, WIDTH>::octet(unit.words, code / 4);
+            weights[i] = lookup(permute(octet, lane, 0x5504 | code % 4 << 4));
         }
+    }
+};
+
+// vq of 3 and 4 bits a pair: the same with the codes of a quad as one byte, and the quad's bytes as an entry.
+template <int WIDTH>
+struct QuadTableDecoder : QuadDecoder {
+    static constexpr int BITS = 2 * WIDTH;
+    static constexpr int ENTRIES = 1 << BITS, STRIDE = 256, ENTRY_BYTES = 128;
+    static constexpr int TABLE_BYTES = ENTRIES * STRIDE;
+
+    static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {
+        int low = code & ((1 << WIDTH) - 1), high = code >> WIDTH;
+        u32 quad = bytes_of(codebook_pair<WIDTH>(codebook, low), codebook_pair<WIDTH>(codebook, high));
+        return Words2{quad, quad};
+    }
+
+    static __device__ __forceinline__ Lane lane(Asked) { return lane_index() * 4; }
+
+    static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
+
+    template <int BLOCK, int PART>
+    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, Lane lane, Words& quads) {
+#pragma unroll
+        for (int i = 0; i < BLOCK_QUADS; ++i) {
+            int code = BLOCK * BLOCK_QUADS + i;
+            u32 octet = BytePlanes<BITS, WIDTH>::octet(unit.words, code / 4);
+            quads[i] = lookup(permute(octet, lane, 0x5504 | code % 4 << 4));
+        }
+    }
+};
+
+// nuq of 2 and 3 bits: no table, a lane has all levels as the bytes of a register or two. Codes are the low bits of nibbles
+// (layout.py), and four nibbles are what a byte permutation wants to choose a quad's levels.
+template <int WIDTH>
+struct NibbleDecoder : QuadDecoder {
+    static constexpr int BITS = WIDTH / 2;
+    static constexpr u32 EVERY_NIBBLE = 0x11111111;
+
+    using Asked = Words4;  // the codebook
+    using Lane = Words2;
+
+    static __device__ __forceinline__ Asked ask(const u16* codebook) {
+        if constexpr (BITS == 3) return *reinterpret_cast<const Words4*>(codebook);
+        Words2 levels = *reinterpret_cast<const Words2*>(codebook);
+        return Words4{levels.x, levels.y, levels.x, levels.y};
+    }
+
+    static __device__ __forceinline__ Lane lane(const Asked& codebook) {
+        return Words2{bytes_of(codebook.x, codebook.y), bytes_of(codebook.z, codebook.w)};
+    }
+
+    static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
+
+    template <int BLOCK, int PART>
+    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, const Lane& levels, Words& quads) {
+        static_assert(BITS == 2 || BITS == 3, "two codes of a nibble, or one and a bit of another");
+        const u32* own = unit.words + BLOCK * BITS;
+        if constexpr (BITS == 2) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                pick(quads + 4 * i, levels, own[i] & 3 * EVERY_NIBBLE);
+                pick(quads + 4 * i + 2, levels, own[i] >> 2 & 3 * EVERY_NIBBLE);
+            }
+        } else {
+            u32 above = 0;
+#pragma unroll
+            for (int i = 0; i < 3; ++i) {
+                pick(quads + 2 * i, levels, own[i] & 7 * EVERY_NIBBLE);
+                above |= own[i] >> (3 - i) & EVERY_NIBBLE << i;
+            }
+            pick(quads + 6, levels, above);
+        }
+    }
+
+    // The two quads of eight nibbles.
+    static __device__ __forceinline__ void pick(u32* quads, const Lane& levels, u32 nibbles) {
+        u32 others = BITS == 3 ? levels.y : 0;
+        quads[0] = pick_bytes(levels.x, others, nibbles);
+        quads[1] = pick_bytes(levels.x, others, nibbles >> 16);
     }
 };
 
@@ -153,17 +221,17 @@ struct PairDecoder : HalfDecoder {
     static constexpr int SHIFT = 2 + LOG2<COPIES>;
 
     static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {
-        u32 both = ByteDecoder<WIDTH>::pair(codebook, code);
+        u32 both = codebook_pair<WIDTH>(codebook, code);
         return Words2{both, both};
     }
 
-    static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
+    static __device__ __forceinline__ Lane lane(Asked) { return lane_index() % COPIES * 4; }
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
 
     template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(
-        const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
+        const Unit<WIDTH>& unit, Lane lane, Words& weights) {
 #pragma unroll
         for (int i = 0; i < BLOCK_PAIRS; ++i) {
             int position = WIDTH * (BLOCK * BLOCK_PAIRS + i) - SHIFT;
@@ -186,13 +254,13 @@ struct ScalarDecoder : HalfDecoder {
         return Words2{codebook[code], codebook[code]};
     }
 
-    static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
+    static __device__ __forceinline__ Lane lane(Asked) { return lane_index() % COPIES * 4; }
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
 
     template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(
-        const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
+        const Unit<WIDTH>& unit, Lane lane, Words& weights) {
         u32 level[2];
 #pragma unroll
         for (int i = 0; i < BLOCK_PAIRS; ++i) {
@@ -223,6 +291,10 @@ struct Choose {
     using Decoder = MadDecoder<WIDTH, STATE_BITS>;
 #elif FAMILY == TCQ
     using Decoder = TrellisDecoder<WIDTH, STATE_BITS, TABLE_BITS, REPLICAS, SIGNED_TABLE>;
+#elif FAMILY == NUQ && LEVEL_BITS
+    using Decoder = NibbleDecoder<WIDTH>;
+#elif FAMILY == VQ && LEVEL_BITS
+    using Decoder = QuadTableDecoder<WIDTH>;
 #elif FAMILY == VQ || TABLE_OF_PAIRS
     using Decoder = typename Either<WIDTH <= 8, ByteDecoder<WIDTH>, PairDecoder<WIDTH, REPLICAS>>::Type;
 #elif FAMILY == NUQ
@@ -234,16 +306,13 @@ struct Choose {
 
 // Both weights of every pair of a block, as numbers.
 template <typename Decoder, int BLOCK, int WIDTH>
-__device__ __forceinline__ void decode_values(const Unit<WIDTH>& unit, u32 table_lane, float (&values)[2 * BLOCK_PAIRS]) {
-    if constexpr (Decoder::BYTES) {
-        Decoder::template values<BLOCK>(unit, table_lane, values);
+__device__ __forceinline__ void decode_values(
+    const Unit<WIDTH>& unit, const typename Decoder::Lane& lane, float (&values)[2 * BLOCK_PAIRS]) {
+    if constexpr (Decoder::OPERAND == Operand::DIRECTIONS) {
+        Decoder::template values<BLOCK>(unit, lane, values);
     } else {
-        u32 weights[BLOCK_PAIRS];
-        Decoder::template decode<BLOCK, 0>(unit, table_lane, weights);
-#pragma unroll
-        for (int i = 0; i < BLOCK_PAIRS; ++i) {
-            values[2 * i] = half_to_float(weights[i] & 0xFFFF);
-            values[2 * i + 1] = half_to_float(weights[i] >> 16);
-        }
+        typename Decoder::Words words;
+        Decoder::template decode<BLOCK, 0>(unit, lane, words);
+        Decoder::values_of(words, values);
     }
 }

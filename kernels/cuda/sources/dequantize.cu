@@ -17,9 +17,9 @@ __device__ __forceinline__ u32 scaled(const float* pair, float scale) {
 
 template <int BLOCK>
 __device__ __forceinline__ void write_block(
-    const Unit<WIDTH_LOW>& unit, u32 table_lane, const float (&scale)[2], u16* to, int out_stride, int columns) {
+    const Unit<WIDTH_LOW>& unit, const Decoder::Lane& decoding, const float (&scale)[2], u16* to, int out_stride, int columns) {
     float values[2 * BLOCK_PAIRS];
-    decode_values<Decoder, BLOCK>(unit, table_lane, values);
+    decode_values<Decoder, BLOCK>(unit, decoding, values);
     if (lane_index() % 4 * 16 >= columns) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(
     DYNAMIC_SHARED(shared);
     check_shared_base(shared);
     make_table<Decoder, 32 * WARPS>(codebook);
-    u32 table_lane = Decoder::lane_offset();
+    Decoder::Lane decoding = Decoder::lane(Decoder::ask(codebook));
     int row = lane_index() / 4, column = lane_index() % 4 * 16;
     int warp = blockIdx.x * WARPS + shuffle(threadIdx.x / 32, 0), warps = gridDim.x * WARPS;
     for (int item = warp; item < row_tiles * units; item += warps) {
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) dequantize(
         const u16* row_scales = scales + row_tile * 16 + row;
         float scale[2] = {half_to_float(row_scales[0]), half_to_float(row_scales[8])};
         u16* to = out + static_cast<u64>(row_tile * 16 + row) * out_stride + first_column + column;
-        write_block<0>(unit, table_lane, scale, to, out_stride, columns - first_column);
-        write_block<1>(unit, table_lane, scale, to + 64, out_stride, columns - first_column - 64);
+        write_block<0>(unit, decoding, scale, to, out_stride, columns - first_column);
+        write_block<1>(unit, decoding, scale, to + 64, out_stride, columns - first_column - 64);
     }
 }

@@ -16,9 +16,9 @@ constexpr int PIECE = 8;    // columns that are written together
 // Columns of one of a lane's two rows (`upper`: row g + 8), from `column` of `out` on.
 template <int BLOCK>
 __device__ __forceinline__ void write_block(
-    const Unit<WIDTH_LOW>& unit, u32 table_lane, bool upper, float scale, void* out, long long place) {
+    const Unit<WIDTH_LOW>& unit, const Decoder::Lane& decoding, bool upper, float scale, void* out, long long place) {
     float weights[2 * BLOCK_PAIRS];
-    decode_values<Decoder, BLOCK>(unit, table_lane, weights);
+    decode_values<Decoder, BLOCK>(unit, decoding, weights);
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
         float value[PIECE];
@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) look_up(
     DYNAMIC_SHARED(shared);
     check_shared_base(shared);
     make_table<Decoder, 32 * WARPS>(codebook);
-    u32 table_lane = Decoder::lane_offset();
+    Decoder::Lane decoding = Decoder::lane(Decoder::ask(codebook));
     int quarter = lane_index() / 4, tile = lane_index() % 4;
     int spans = (units + AT_ONCE - 1) / AT_ONCE;
     int warp = blockIdx.x * WARPS + threadIdx.x / 32, warps = gridDim.x * WARPS;
@@ -67,7 +67,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) look_up(
         int column = unit_number * UNIT_COLUMNS + tile * 16;
         long long place = static_cast<long long>(row_number) * out_stride + column;
         bool upper = row >= 8;
-        if (active && column < columns) write_block<0>(unit, table_lane, upper, scale, out, place);
-        if (active && column + 64 < columns) write_block<1>(unit, table_lane, upper, scale, out, place + 64);
+        if (active && column < columns) write_block<0>(unit, decoding, upper, scale, out, place);
+        if (active && column + 64 < columns) write_block<1>(unit, decoding, upper, scale, out, place + 64);
     }
 }

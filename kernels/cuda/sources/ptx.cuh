@@ -50,16 +50,6 @@ __device__ __forceinline__ u32 lookup(u32 offset) {
     return word;
 }
 
-// The two words `offset` bytes into dynamic shared memory.
-__device__ __forceinline__ Words2 lookup_two(u32 offset) {
-    if constexpr ((WITHOUT & WITHOUT_LOOKUPS) != 0) return Words2{offset, offset};
-    Words2 words;
-    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2 + %3];"
-                 : "=r"(words.x), "=r"(words.y)
-                 : "r"(offset), "n"(SHARED_BASE));
-    return words;
-}
-
 // The words `offset` + BYTES bytes into dynamic shared memory, where `active`; elsewhere anything.
 template <int BYTES>
 __device__ __forceinline__ void load_shared_if(Words4& words, u32 offset, bool active) {
@@ -102,6 +92,11 @@ __device__ __forceinline__ u16 load_shared_half(u32 offset) {
 __device__ __forceinline__ void store_shared(u32 offset, const Words4& words) {
     asm volatile("st.shared.v4.b32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(offset), "n"(SHARED_BASE), "r"(words.x),
                  "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 offset, const Words2& words) {
+    asm volatile("st.shared.v2.b32 [%0 + %1], {%2, %3};" ::"r"(offset), "n"(SHARED_BASE), "r"(words.x), "r"(words.y)
                  : "memory");
 }
 
@@ -152,6 +147,14 @@ __device__ __forceinline__ u32 hidden(u32 value) { return value + (gridDim.y - 1
 // Bytes of second:first chosen by four selector digits, the least significant first.
 __device__ __forceinline__ u32 permute(u32 first, u32 second, u32 selector) {
     return __byte_perm(first, second, selector);
+}
+
+// The same for a selector that is no constant: its digits must be below 8, which `permute` would see to once more; what lies
+// above the four may be anything.
+__device__ __forceinline__ u32 pick_bytes(u32 first, u32 second, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(first), "r"(second), "r"(selector));
+    return result;
 }
 
 __device__ __forceinline__ u32 shuffle(u32 value, int source_lane) {

@@ -59,11 +59,11 @@ struct TrellisDecoder : HalfDecoder, TrellisRuns<WIDTH> {
         return Words2{point, point};
     }
 
-    static __device__ __forceinline__ u32 lane_offset() { return lane_index() % COPIES * 4; }
+    static __device__ __forceinline__ Lane lane(Asked) { return lane_index() % COPIES * 4; }
 
     template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(
-        const Unit<WIDTH>& unit, u32 lane, u32 (&weights)[BLOCK_PAIRS]) {
+        const Unit<WIDTH>& unit, Lane lane, Words& weights) {
         Run<WIDTH, BLOCK> run(unit);
 #pragma unroll
         for (int i = 0; i < BLOCK_PAIRS; ++i) {
@@ -88,13 +88,13 @@ struct TrellisDecoder : HalfDecoder, TrellisRuns<WIDTH> {
 // tcq of the code MAD (kernels/mad.py): a pair's words are its hashes, one or two multiply-adds of the state, whose signed
 // bytes lie along four directions of the plane. A part of a block is all its pairs for one hash, half of them for two.
 template <int WIDTH, int STATE>
-struct MadDecoder : TrellisRuns<WIDTH> {
+struct MadDecoder : AnyDecoder, TrellisRuns<WIDTH> {
     using Sum = int;
-    static constexpr bool BYTES = true;
+    using Words = u32[BLOCK_PAIRS];
+    static constexpr Operand OPERAND = Operand::DIRECTIONS;
     static constexpr bool LOW = WIDTH == WIDTH_LOW;
     static constexpr int HASHES = LOW ? HASHES_LOW : HASHES_HIGH;
     static constexpr int PARTS = HASHES, PAIRS = BLOCK_PAIRS / PARTS;
-    static constexpr int ENTRIES = 0, STRIDE = 0, ENTRY_BYTES = 16, TABLE_BYTES = 0;
     static constexpr u32 MASK = (1u << STATE) - 1;
     static constexpr bool BY_BYTES = STATE == 16 && WIDTH % 2 == 0 && WIDTH <= 8;
 
@@ -106,7 +106,7 @@ struct MadDecoder : TrellisRuns<WIDTH> {
 
     static __device__ __forceinline__ float gain() { return bits_to_float(LOW ? GAIN_LOW : GAIN_HIGH); }
 
-    static __device__ __forceinline__ u32 lane_offset() { return 0; }
+    static __device__ __forceinline__ Lane lane(Asked) { return 0; }
 
     // 16 bits from bit `position` on, and the same again in the upper half: bytes of shifted words, which neighbours share.
     template <int N>
@@ -124,7 +124,7 @@ struct MadDecoder : TrellisRuns<WIDTH> {
     }
 
     template <int BLOCK, int PART>
-    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, u32, u32 (&words)[BLOCK_PAIRS]) {
+    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, Lane, Words& words) {
         Run<WIDTH, BLOCK> run(unit);
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) {
@@ -139,14 +139,10 @@ struct MadDecoder : TrellisRuns<WIDTH> {
         }
     }
 
-    static __device__ __forceinline__ int signed_byte(u32 word, int i) {
-        return static_cast<int>(word << (24 - 8 * i)) >> 24;
-    }
-
     // Both weights of every pair.
     template <int BLOCK, int PART = 0>
-    static __device__ __forceinline__ void values(const Unit<WIDTH>& unit, u32 lane, float (&weights)[2 * BLOCK_PAIRS]) {
-        u32 words[BLOCK_PAIRS];
+    static __device__ __forceinline__ void values(const Unit<WIDTH>& unit, Lane lane, float (&weights)[2 * BLOCK_PAIRS]) {
+        Words words;
         decode<BLOCK, PART>(unit, lane, words);
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) {

@@ -3,8 +3,9 @@
 // A *unit* is 16 rows x 128 columns of a weight: 8 tiles, or 2 *blocks* of 4 tiles. Lane 4 * g + t of a warp owns, in
 // each block, the codes of pairs 16 g .. 16 g + 15 of tile t: 16 * WIDTH consecutive bits of that tile's stream, rows g
 // and g + 8, all 16 columns. The two blocks' bits follow one another in the lane's WIDTH words, unless these are byte
-// planes (ByteDecoder) or half planes (IntegerDecoder). Pair 4 m + j is columns 2m and 2m + 1 of tile t, 8 further where
-// j >= 2, of row g, or g + 8 where j is odd.
+// planes (ByteDecoder), half planes (IntegerDecoder) or nibbles (NibbleDecoder). Pair 4 m + j is columns 2m and 2m + 1 of
+// tile t, 8 further where j >= 2, of row g, or g + 8 where j is odd. Weights that are multiplied as bytes go by *quads*,
+// four neighbouring columns of a row: quad 2 c + r is columns 4c .. 4c + 3 of row g + 8 r.
 //
 // Words of a unit in memory, for all lanes: WIDTH / 4 pieces of 16 bytes a lane, then 8 bytes a lane if WIDTH & 2, then
 // 4 if WIDTH & 1: 128 * WIDTH bytes, every access aligned and without bank conflicts.
@@ -18,7 +19,7 @@
 #define TCQ 3
 #define MAD 4
 
-constexpr int BLOCK_PAIRS = 16;
+constexpr int BLOCK_PAIRS = 16, BLOCK_QUADS = BLOCK_PAIRS / 2;
 constexpr int UNIT_COLUMNS = 128;
 
 template <int VALUE>
@@ -86,6 +87,8 @@ struct Unit {
     }
 };
 
+__device__ __forceinline__ int signed_byte(u32 word, int i) { return static_cast<int>(word << (24 - 8 * i)) >> 24; }
+
 // `count` bits of a stream from bit `position` on, in the low bits of the result; the bits above are anything.
 // Both are constants after unrolling; a negative position (of the first word only) puts the bits higher.
 template <int N>
@@ -97,12 +100,59 @@ __device__ __forceinline__ u32 window(const u32 (&words)[N], int position, int c
     return funnel_shift(words[word], words[word + 1], shift);
 }
 
-// What is common to decoders of fp16 weights: `decode<BLOCK, PART>` gives BLOCK_PAIRS words of a block, which PARTS calls give
-// whole; sums of products are multiplied by `gain`.
-struct HalfDecoder {
-    using Sum = float;
-    static constexpr bool BYTES = false;  // whether the words are multiplied byte by byte
+// What tensor cores multiply: fp16 weights in pairs, with fp16 activations; or bytes, with activations as digits (tokens.cuh):
+// of hashes that are a pair of weights along four directions, or of the weights of a quad.
+enum class Operand { HALVES, DIRECTIONS, QUADS };
+
+// What is common to decoders. `decode<BLOCK, PART>` gives the words of a block, which PARTS calls give whole; sums of products
+// are multiplied by `gain`. `ask` loads what a lane wants to know of the codebook, `lane` makes of it what it decodes with.
+struct AnyDecoder {
     static constexpr int PARTS = 1;
+    static constexpr int ENTRIES = 0, STRIDE = 0, ENTRY_BYTES = 16, TABLE_BYTES = 0;  // where there is no table
+
+    struct Asked {};
+    using Lane = u32;
+
+    static __device__ __forceinline__ Asked ask(const u16*) { return {}; }
 
     static __device__ __forceinline__ float gain() { return 1; }
+};
+
+struct HalfDecoder : AnyDecoder {
+    using Sum = float;
+    using Words = u32[BLOCK_PAIRS];
+    static constexpr Operand OPERAND = Operand::HALVES;
+
+    static __device__ __forceinline__ void values_of(const Words& pairs, float (&weights)[2 * BLOCK_PAIRS]) {
+#pragma unroll
+        for (int i = 0; i < BLOCK_PAIRS; ++i) {
+            weights[2 * i] = half_to_float(pairs[i] & 0xFFFF);
+            weights[2 * i + 1] = half_to_float(pairs[i] >> 16);
+        }
+    }
+};
+
+// Of weights that are bytes times 2^-LEVEL_BITS.
+struct QuadDecoder : AnyDecoder {
+    using Sum = int;
+    using Words = u32[BLOCK_QUADS];
+    static constexpr Operand OPERAND = Operand::QUADS;
+
+    static __device__ __forceinline__ float gain() { return bits_to_float((127 - LEVEL_BITS) << 23); }
+
+    // Four fp16 weights of a codebook as bytes.
+    static __device__ __forceinline__ u32 bytes_of(u32 first_two, u32 last_two) {
+        constexpr u32 BOTH = 0x00010001, STEPS = (15 + LEVEL_BITS) << 10, ROUNDER = 0x6600;  // 1536: sums with it are integers
+        u32 first = multiply_add_half2(first_two, STEPS * BOTH, ROUNDER * BOTH);
+        return permute(first, multiply_add_half2(last_two, STEPS * BOTH, ROUNDER * BOTH), 0x6420);
+    }
+
+    // Both weights of every pair of a block, in the order of pairs.
+    static __device__ __forceinline__ void values_of(const Words& quads, float (&weights)[2 * BLOCK_PAIRS]) {
+#pragma unroll
+        for (int i = 0; i < 4 * BLOCK_QUADS; ++i) {
+            int quad = i / 4, half = i / 2 % 2, pair = 4 * (quad / 2 % 2 * 2 + half) + 2 * (quad / 4) + quad % 2;
+            weights[2 * pair + i % 2] = static_cast<float>(signed_byte(quads[quad], i % 4)) * gain();
+        }
+    }
 };

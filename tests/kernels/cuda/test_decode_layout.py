@@ -54,15 +54,47 @@ def half_plane_code(words: int, width: int, n: int) -> int:
     return sum((words >> 32 * word + first + bit & 1) << i for i, (word, bit) in enumerate(places))
 
 
+def nibble_code(words: int, bits: int, block: int, quad: int, column: int) -> int:
+    """Code of a weight of a quad in a lane whose words are nibbles."""
+    own = words >> 32 * bits * block
+    if bits == 2:
+        return own >> 32 * (quad // 4) + 16 * (quad % 2) + 4 * column + quad % 4 // 2 * 2 & 3
+    if quad < 6:
+        return own >> 32 * (quad // 2) + 16 * (quad % 2) + 4 * column & 7
+    return sum((own >> 32 * bit + 16 * (quad % 2) + 4 * column + 3 & 1) << bit for bit in range(3))
+
+
+def stream_of_quads(quads: list[tuple[int, int]], width: int) -> int:
+    """A lane's stream of pairs from the codes of both pairs of each quad, block by block."""
+    stream = 0
+    for n, codes in enumerate(quads):
+        (block, quad), columns = divmod(n, 8), n % 8 // 2 * 4
+        for half, code in enumerate(codes):
+            column = columns + 2 * half
+            pair = 4 * (column % 8 // 2) + 2 * (column // 8) + quad % 2
+            stream |= code << width * (16 * block + pair)
+    return stream
+
+
 def lane_streams(unit: torch.Tensor, width: int, spec: QuantizerSpec) -> list[int]:
     """The codes of each lane's pairs one behind another."""
     streams = lane_words(unit, width)
     if spec.family is Family.INT:
         half = width // 2
         return [sum(half_plane_code(words, width, n) << half * n for n in range(64)) for words in streams]
+    if spec.family is Family.NUQ and spec.has_byte_levels:
+        half = width // 2
+        lanes = [
+            [[nibble_code(words, half, n // 8, n % 8, column) for column in range(4)] for n in range(16)]
+            for words in streams
+        ]
+        return [stream_of_quads([(a | b << half, c | d << half) for a, b, c, d in lane], width) for lane in lanes]
     bits = plane_bits(spec, width)
     if bits == 0:
         return streams
+    if spec.has_byte_levels:
+        octets = [[plane_code(words, width, bits, n) for n in range(16)] for words in streams]
+        return [stream_of_quads([(o & (1 << width) - 1, o >> width) for o in lane], width) for lane in octets]
     return [sum(plane_code(words, width, bits, n) << bits * n for n in range(32 * width // bits)) for words in streams]
 
 
@@ -98,8 +130,10 @@ def decode_lanes(unit: torch.Tensor, width: int, spec: QuantizerSpec, coder, cod
         "int-7",
         "int-8",
         "nuq-2",
+        "nuq-3",
         "nuq-5",
         "vq-1.5",
+        "vq-2",
         "vq-2.5",
         "vq-3.5",
         "vq-4",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from msq.kernels.cuda.decode import KERNEL_CODES
 from msq.kernels.cuda.linear import KernelLinear, _workspace_words, separate_workspace
 from msq.kernels.cuda.tuning import Limits
-from msq.kernels.errors import KernelError
+from msq.kernels.errors import KernelError, QuantizerError
 from msq.kernels.linear import IMPLEMENTATIONS, FusedLinear, QuantizedLinear
 from msq.kernels.quantize import quantize
 from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
@@ -46,6 +47,16 @@ def test_codes_that_the_kernels_do_not_know_are_refused(code):
     weight = quantize(torch.randn(16, 32), QuantizerSpec(Family.TCQ, 2, 10, code=code), rotation_seed=9, codebook=table)
     with pytest.raises(KernelError, match=rf"the kernels know \(mad or hyb\); got .*{code}.*: use a QuantizedLinear"):
         KernelLinear(weight)
+
+
+def test_codebooks_that_bytes_cannot_hold_are_refused():
+    weight = quantize(torch.randn(16, 32), QuantizerSpec(Family.NUQ, 3), rotation_seed=9)
+    other = replace(weight, codebook=(weight.codebook * 1.01).half())
+    with pytest.raises(QuantizerError, match="below 4 for nuq-3; got other numbers: quantize the model"):
+        KernelLinear(other)
+    module = KernelLinear(weight)
+    with pytest.raises(QuantizerError, match="got other numbers"):
+        module.load_state_dict(module.state_dict() | {"codebook": other.codebook})
 
 
 def test_the_weight_comes_back_as_it_was_stored(weights):
@@ -101,7 +112,7 @@ def test_equal_codebooks_are_one_tensor_that_loading_leaves_alone():
     first, second = KernelLinear(weight), KernelLinear(weight)
     assert first.codebook.data_ptr() == second.codebook.data_ptr()
     expected = first.codebook.clone()
-    second.load_state_dict(second.state_dict() | {"codebook": 2 * expected})
-    assert torch.equal(first.codebook, expected) and torch.equal(second.codebook, 2 * expected)
+    second.load_state_dict(second.state_dict() | {"codebook": -expected})
+    assert torch.equal(first.codebook, expected) and torch.equal(second.codebook, -expected)
     second.load_state_dict(first.state_dict())
     assert first.codebook.data_ptr() == second.codebook.data_ptr()

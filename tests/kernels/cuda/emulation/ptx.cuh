@@ -58,7 +58,6 @@ inline int lane_index() { return threadIdx.x & 31; }
 inline void stop_kernel() { std::abort(); }
 inline void check_shared_base(const void*) {}
 inline u32 lookup(u32 offset) { return *(const u32*)(dynamic_shared + offset); }
-inline Words2 lookup_two(u32 offset) { return *(const Words2*)(dynamic_shared + offset); }
 inline u32 funnel_shift(u32 low, u32 high, u32 shift) { return (u32)(((u64)high << 32 | low) >> shift); }
 inline u32 hidden(u32 value) { return value; }
 inline u32 permute(u32 first, u32 second, u32 selector) {
@@ -67,6 +66,7 @@ inline u32 permute(u32 first, u32 second, u32 selector) {
     for (int i = 0; i < 4; ++i) result |= (u32)(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
     return result;
 }
+inline u32 pick_bytes(u32 first, u32 second, u32 selector) { return permute(first, second, selector); }
 inline u32 shuffle(u32 value, int source_lane) {
     return emulator::received(emulator::exchange({value}), source_lane)[0];
 }
@@ -107,6 +107,7 @@ inline Words2 load_shared_two(u32 offset) { return load_shared<Words2>(offset); 
 inline u32 load_shared_word(u32 offset) { return load_shared<u32>(offset); }
 inline u16 load_shared_half(u32 offset) { return load_shared<u16>(offset); }
 inline void store_shared(u32 offset, const Words4& words) { std::memcpy(dynamic_shared + offset, &words, sizeof words); }
+inline void store_shared(u32 offset, const Words2& words) { std::memcpy(dynamic_shared + offset, &words, sizeof words); }
 inline void store_shared(u32 offset, u32 word) { std::memcpy(dynamic_shared + offset, &word, sizeof word); }
 inline u32 load_global(const u32* pointer) { return *pointer; }
 inline void store_global(u32* pointer, u32 value) { *pointer = value; }

@@ -88,7 +88,7 @@ _LARGEST_TABLE_BITS = 15
 SHIPPED_TABLE_BITS = {3.5: (9, 11), 4.0: (9, 10, 12), 4.5: (10, 12), 5.0: (11, 13)}
 """Sizes of `tcq` tables on offer beside the default, by bits per weight."""
 BYTE_LEVEL_BITS = 5
-"""Codebooks of few levels are whole multiples of ``2**-5``, so that kernels multiply them as bytes (`codebooks.rounded`)."""
+"""Codebooks of few levels are multiples of ``2**-5``, so that kernels multiply them as bytes (`codebooks.rounded`)."""
 DEFAULT_TABLE = -1
 """As `table_bits`: the default of the rate."""
 

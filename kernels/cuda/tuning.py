@@ -293,7 +293,7 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 _UNIT_CYCLES = 40
 """To decode a unit: its 32 pairs, and the loads of their codes."""
 _MOST_COLUMNS = {False: 4, True: 16}
-"""Of multiplications, for which 16 warps of a multiprocessor are best, without and with a table: more take registers."""
+"""Of multiplications, up to which 16 warps of a block are best, without and with a table: more take registers."""
 _RING_OF_TWO_ROWS = 2
 """Steps in flight where a step is two units; more only delay each other."""
 _NO_RING = 1.06

@@ -72,7 +72,8 @@ def lloyd_max(levels: int) -> Tensor:
         points = updated
         if moved < 1e-9:
             break
-    return points.unsqueeze(1)
+    table: Tensor = points.unsqueeze(1)
+    return table
 
 
 def k_means(samples: Tensor, points: Tensor, iterations: int) -> Tensor:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels.cuda.jit import Source
-from ..kernels.cuda.tuning import Launch, Limits, Tuning, launch_for, tune
+from ..kernels.cuda.tuning import Launch, Limits, Tuning, launch_for
+from ..kernels.cuda.tuning_choice import tune
 from ..kernels.specs import QuantizerSpec
 
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gateup": (28672, 4096), "down": (4096, 14336)}

@@ -19,7 +19,8 @@ from ..specs import TILE, QuantizerSpec, TrellisCode
 from .jit import Kernel, load
 from .layout import PreparedWeight
 from .limits import device_index, device_limits
-from .tuning import FORMATS, Launch, Tuning, launch_for, tune
+from .tuning import FORMATS, Launch, Tuning, launch_for
+from .tuning_choice import tune
 
 MAX_BATCH = 16
 KERNEL_CODES = (TrellisCode.MAD, TrellisCode.HYB)

@@ -26,7 +26,8 @@ from .decode import KERNEL_CODES, new_workspace
 from .layout import PreparedWeight, prepare, restore
 from .limits import Limits, device_index, device_limits
 from .rotation_plan import rotation_tables
-from .tuning import launch_for, tune
+from .tuning import launch_for
+from .tuning_choice import tune
 
 _workspaces: dict[torch.device, Tensor] = {}
 _codebooks: WeakValueDictionary[tuple[torch.device, bytes], Tensor] = WeakValueDictionary()

@@ -1,4 +1,4 @@
-"""How a decode kernel divides its work: `Tuning`, what it takes (`launch_for`), and the choice of one (`tune`)."""
+"""How a decode kernel divides its work: `Tuning`, and what it takes (`launch_for`); `tuning_choice` chooses one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -19,14 +18,18 @@ from .limits import RESERVED_BYTES, Limits, device_limits
 
 __all__ = [
     "FORMATS",
+    "Division",
     "Launch",
     "Limits",
     "Tuning",
+    "compiled_tokens",
     "decoder_macros",
     "device_limits",
+    "digits_of",
+    "divide",
     "launch_for",
+    "most_units",
     "table_size",
-    "tune",
 ]
 
 FORMATS = {torch.float16: 0, torch.bfloat16: 1}
@@ -138,7 +141,7 @@ def table_size(spec: QuantizerSpec, replicas: int, signed: bool) -> int:
 
 
 @dataclass(frozen=True)
-class _Division:
+class Division:
     """What a block takes.
 
     Attributes:
@@ -157,12 +160,12 @@ class _Division:
     shared_bytes: int
 
 
-def _tokens(batch: int) -> int:
+def compiled_tokens(batch: int) -> int:
     """Tokens that a kernel is compiled for."""
     return 1 << (batch - 1).bit_length()
 
 
-def _digits(spec: QuantizerSpec) -> int:
+def digits_of(spec: QuantizerSpec) -> int:
     """Numbers that stand for an activation: fp16, or the 8-bit digits that are multiplied by bytes."""
     return 2 if spec.code is TrellisCode.MAD or spec.has_byte_levels else 1
 
@@ -170,7 +173,7 @@ def _digits(spec: QuantizerSpec) -> int:
 def _token_bytes(spec: QuantizerSpec, units: int) -> int:
     """Bytes of shared memory that a token takes: a column's digits for quads are bytes (``decode.cu``)."""
     columns = units * UNIT_COLUMNS
-    return _digits(spec) * (columns + 64 if spec.has_byte_levels else 2 * columns + 16)
+    return digits_of(spec) * (columns + 64 if spec.has_byte_levels else 2 * columns + 16)
 
 
 def _share_warps(units: tuple[int, ...], tuning: Tuning) -> tuple[int, ...] | None:
@@ -179,19 +182,19 @@ def _share_warps(units: tuple[int, ...], tuning: Tuning) -> tuple[int, ...] | No
         return (tuning.warps,)
     groups = tuning.row_groups
     choices = [(tuning.warps - high, high) for high in range(groups, tuning.warps, groups)]
-    return min(choices, key=lambda warps: _most_units(units, warps, groups), default=None)
+    return min(choices, key=lambda warps: most_units(units, warps, groups), default=None)
 
 
-def _most_units(units: tuple[int, ...], warps: tuple[int, ...], groups: int) -> int:
+def most_units(units: tuple[int, ...], warps: tuple[int, ...], groups: int) -> int:
     """Units of a row of tiles for the busiest warp."""
     return max(-(-count // (some // groups)) for count, some in zip(units, warps, strict=True))
 
 
-def _divide(
+def divide(
     spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits, tuning: Tuning
-) -> _Division | None:
+) -> Division | None:
     """None where `tuning` does not fit the device."""
-    tokens, row_tiles = _tokens(batch), out_features // TILE
+    tokens, row_tiles = compiled_tokens(batch), out_features // TILE
     units = tuple(
         math.ceil(math.ceil(tiles * TILE / UNIT_COLUMNS) / tuning.splits) for tiles in spec.segment_tiles(in_features)
     )
@@ -208,9 +211,9 @@ def _divide(
     if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
         return None
     warps = _share_warps(units, tuning)
-    if warps is None or (_digits(spec) > 1 and _most_units(units, warps, tuning.row_groups) > _MOST_UNITS):
+    if warps is None or (digits_of(spec) > 1 and most_units(units, warps, tuning.row_groups) > _MOST_UNITS):
         return None
-    return _Division(row_tiles, chunk_blocks, block_tiles, units, warps, table_bytes, shared_bytes)
+    return Division(row_tiles, chunk_blocks, block_tiles, units, warps, table_bytes, shared_bytes)
 
 
 def launch_for(
@@ -223,10 +226,10 @@ def launch_for(
     tuning: Tuning,
 ) -> Launch | None:
     """The launch of a shape; None where `tuning` does not fit the device."""
-    division = _divide(spec, out_features, in_features, batch, limits, tuning)
+    division = divide(spec, out_features, in_features, batch, limits, tuning)
     if division is None:
         return None
-    tokens, widths = _tokens(batch), [pair_width(rate) for rate in spec.rates]
+    tokens, widths = compiled_tokens(batch), [pair_width(rate) for rate in spec.rates]
     macros = decoder_macros(spec, spec.rates, tuning.replicas, tuning.signed) | {
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
         "ROWS": tuning.rows,
@@ -249,108 +252,3 @@ def launch_for(
         division.block_tiles,
         (tuning.splits - 1) * division.row_tiles * tokens * TILE,
     )
-
-
-@cache
-def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
-    """The tuning that should be fastest; None where none fits."""
-    tabled = table_size(spec, 1, signed=False) > 0
-    signs = (True, False) if spec.has_trellis and tabled else (True,)
-    replicas: tuple[int, ...] = (32, 16, 8, 4, 1)
-    if not tabled or plane_bits(spec, pair_width(max(spec.rates))):
-        replicas = (32,)  # no table, or every lane has a copy of its own anyway
-    rings = (0,) if tabled else (_ring(spec), 0)  # with a table, lookups leave shared memory no time
-    warps = 8 if _tokens(batch) * _digits(spec) > _MOST_COLUMNS[tabled] else 16
-    shape = (spec, out_features, in_features, batch, limits)
-    for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
-        if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
-            continue  # blocks have one row of tiles already
-        best: tuple[float, Tuning] | None = None
-        choices = itertools.product(replicas, signs, splits, (2, 1), (1, 2, 4), rings)
-        for copies, signed, chunks, rows, groups, ring in choices:
-            tuning = Tuning(
-                warps,
-                rows=rows,
-                steps_at_start=2 if rows == 1 and not ring else 1,
-                ring=ring if rows == 1 else min(ring, _RING_OF_TWO_ROWS),
-                row_groups=groups,
-                splits=chunks,
-                replicas=copies,
-                signed=signed,
-                waves=1 << doublings,
-            )
-            division = _divide(*shape, tuning)
-            if division is not None:
-                cost = _cycles(spec, batch, division, tuning)
-                if best is None or cost < best[0]:
-                    best = cost, tuning
-        if best is not None:
-            return best[1]
-    return None
-
-
-# Cycles of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
-_UNIT_CYCLES = 40
-"""To decode a unit: its 32 pairs, and the loads of their codes."""
-_MOST_COLUMNS = {False: 4, True: 16}
-"""Of multiplications, up to which 16 warps of a block are best, without and with a table: more take registers."""
-_RING_OF_TWO_ROWS = 2
-"""Steps in flight where a step is two units; more only delay each other."""
-_NO_RING = 1.06
-"""What `_UNIT_CYCLES` grow by without a ring, where there is no table."""
-_TOKEN_CYCLES = 2
-"""To load a token's fragments, once for all rows of a step, for each of its digits."""
-_CONFLICTS = {32: 1.0, 16: 1.19, 8: 1.5, 4: 1.8, 1: 2.1}
-"""What `_UNIT_CYCLES` grow by with fewer copies of the table."""
-_ONE_ROW = {"other": 1.12, "trellis": 1.05, "trellis, with conflicts": 0.95, "none": 1.03, "nibbles": 0.97}
-"""And where a warp has one row at a time, by the kind of table."""
-_UNSIGNED = 1.15
-"""And where signs are set by an instruction of their own."""
-_FIRST_STEP_UNITS = 0.8
-"""What more rows in the first step cost, before which nothing can be decoded: in units of all warps."""
-_SPLIT_CYCLES = 1700
-"""To wait for the sums of each further block."""
-_GROUP_CYCLES = 500
-"""To wait for tokens that another group of warps brings."""
-_DIGIT_CYCLES = {Family.TCQ: 0.08, Family.HALF_TCQ: 0.08, Family.NUQ: 0.03, Family.VQ: 0.03}
-"""To make the digits of an activation, for hashes along four directions and for quads."""
-_STORE_BYTES = 128
-"""Of shared memory that a cycle writes; half of the table's time is spent waiting for weights anyway."""
-
-
-def _cycles(spec: QuantizerSpec, batch: int, division: _Division, tuning: Tuning) -> float:
-    """Cycles of the busiest multiprocessor, but for what all tunings have in common."""
-    rounds = -(-division.block_tiles // (tuning.rows * tuning.row_groups))
-    units = rounds * tuning.rows * _most_units(division.units, division.warps, tuning.row_groups)
-    tokens = _tokens(batch) * _digits(spec)
-    unit = _UNIT_CYCLES * _CONFLICTS[tuning.replicas]
-    if tuning.rows == 1:
-        unit *= _ONE_ROW[_kind_of_table(spec, tuning)]
-    if not division.table_bytes and not tuning.ring:
-        unit *= _NO_RING
-    if spec.has_trellis and not tuning.signed:
-        unit *= _UNSIGNED
-    unit += _TOKEN_CYCLES * tokens / tuning.rows
-    decoding = tuning.warps * unit * (units + _FIRST_STEP_UNITS * tuning.rows)
-    slots = division.block_tiles * (tuning.warps // tuning.row_groups)
-    adding = 2 * slots * max(1, _tokens(batch) * TILE / 32)
-    activation = _DIGIT_CYCLES[spec.family] if _digits(spec) > 1 else 2 / _STORE_BYTES
-    start = 0.5 * division.table_bytes / _STORE_BYTES + activation * batch * sum(division.units) * UNIT_COLUMNS
-    waiting = (tuning.splits - 1) * (_SPLIT_CYCLES + division.block_tiles * batch)
-    waiting += _GROUP_CYCLES if tuning.row_groups > 1 else 0
-    return tuning.waves * (decoding + adding + start) + waiting
-
-
-def _ring(spec: QuantizerSpec) -> int:
-    """Steps in flight where a step is one unit: more where decoding takes less than the loads."""
-    return 4 if in_nibbles(spec) else 3
-
-
-def _kind_of_table(spec: QuantizerSpec, tuning: Tuning) -> str:
-    if in_nibbles(spec):
-        return "nibbles"
-    if not spec.table_bytes:
-        return "none"
-    if not spec.has_trellis:
-        return "other"
-    return "trellis" if _CONFLICTS[tuning.replicas] == 1 else "trellis, with conflicts"

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from msq.experiments.kernel_checks import CHECKED, random_weight
+from msq.experiments.kernel_checks import CHECKED, LARGEST_ERROR, random_weight
 from msq.kernels.cuda import decode as kernels
+from msq.kernels.cuda import hadamard
 from msq.kernels.cuda.dequantize import dequantize
 from msq.kernels.cuda.layout import prepare
+from msq.kernels.cuda.rotation_plan import rotation_tables
 from msq.kernels.linear import IMPLEMENTATIONS
 from msq.kernels.quantize import decode
 from msq.kernels.specs import Family, QuantizerSpec, TrellisCode
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda", 0)
-LARGEST_ERROR = {torch.float16: 2e-3, torch.bfloat16: 2.5e-3}  # rounding a result to bfloat16 alone takes 1.7e-3
 FAMILIES = [
     QuantizerSpec(Family.INT, 4),
+    QuantizerSpec(Family.NUQ, 2),
     QuantizerSpec(Family.NUQ, 3),
+    QuantizerSpec(Family.NUQ, 4),
+    QuantizerSpec(Family.VQ, 2),
     QuantizerSpec(Family.VQ, 2.5),
     QuantizerSpec(Family.TCQ, 3, 16),
     QuantizerSpec(Family.TCQ, 2.5, 12),
@@ -102,8 +106,22 @@ def test_shapes_of_a_large_model(spec, workspace):
             assert all(torch.equal(product(x, ready, workspace), first) for _ in range(20))
 
 
+@pytest.mark.parametrize("spec", FAMILIES, ids=lambda spec: spec.label)
+def test_a_programmatic_launch_waits_for_its_tokens(spec, workspace):
+    size = 14336  # a rotation that takes longer than a product's start
+    weight = prepare(random_weight(spec, 64, size, DEVICE))
+    tables = rotation_tables(size, 5, DEVICE)
+    inputs = torch.randn(20, 4, size, device=DEVICE).half()
+    expected = [product(hadamard.rotate(x, tables), weight, workspace) for x in inputs]
+    torch.cuda.synchronize()
+    found = [
+        kernels.multiply(hadamard.rotate(x, tables), weight, workspace=workspace, programmatic=True) for x in inputs
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_values_of_any_size_keep_their_accuracy(workspace):
-    weight = random_weight(FAMILIES[1], 64, 256, DEVICE)
+    weight = random_weight(QuantizerSpec(Family.NUQ, 3), 64, 256, DEVICE)
     x = torch.randn(2, 256, device=DEVICE)
     for dtype, scales in [(torch.float16, (1e-3, 100.0)), (torch.bfloat16, (1e-20, 1e-3, 1e15))]:
         for scale in scales:

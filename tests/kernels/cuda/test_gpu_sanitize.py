@@ -16,8 +16,10 @@ DEVICE = torch.device("cuda", 0)
 SPECS = [
     QuantizerSpec(Family.INT, 3),
     QuantizerSpec(Family.INT, 8),
+    QuantizerSpec(Family.NUQ, 2),
     QuantizerSpec(Family.NUQ, 3),
     QuantizerSpec(Family.NUQ, 8),
+    QuantizerSpec(Family.VQ, 2),
     QuantizerSpec(Family.VQ, 2.5),
     QuantizerSpec(Family.TCQ, 3, 16),
     QuantizerSpec(Family.TCQ, 3, 16, code=TrellisCode.HYB),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels.cuda.jit import Source
-from ..kernels.cuda.tuning import Launch, Limits, Tuning, launch_for
+from ..kernels.cuda.tuning import Launch, Limits, Tuning, launch_for, table_size
 from ..kernels.cuda.tuning_choice import tune
 from ..kernels.specs import QuantizerSpec
 
@@ -46,13 +46,13 @@ DIVISIONS = [
 
 RINGS = [
     Tuning(ring=2),
-    Tuning(rows=1, ring=2),
-    Tuning(ring=3),
-    Tuning(row_groups=2, ring=2),
+    Tuning(rows=1, ring=3),
+    Tuning(rows=1, ring=4),
     Tuning(12, ring=2),
-    Tuning(rows=1, ring=2, resident=2),
+    Tuning(12, rows=1, ring=3),
+    Tuning(row_groups=2, ring=2),
 ]
-"""More of them, for quantizers without a table."""
+"""More of them, but for trellis codes with a table."""
 
 PARTS = {"lookups": 1, "table": 2, "tokens": 4, "weights": 8, "adding": 16, "memory": 2 + 4 + 8, "all": 31}
 """What a kernel can leave out to show what it costs: bits of the macro WITHOUT (ptx.cuh)."""
@@ -60,7 +60,7 @@ PARTS = {"lookups": 1, "table": 2, "tokens": 4, "weights": 8, "adding": 16, "mem
 
 def tables(spec: QuantizerSpec) -> list[tuple[int, bool]]:
     """Copies of the table, and whether a trellis code's holds both signs; one choice where there is no table."""
-    if not spec.table_bytes:
+    if not table_size(spec, 1, signed=False):
         return [(32, True)]
     if spec.has_trellis:
         return [(32, True), (32, False), (16, True), (16, False), (8, False)]
@@ -68,8 +68,8 @@ def tables(spec: QuantizerSpec) -> list[tuple[int, bool]]:
 
 
 def variants(spec: QuantizerSpec) -> Iterator[Tuning]:
-    """Tunings to compare: rings without a table; every division with the first two tables, the first one with all."""
-    if not spec.table_bytes:
+    """Tunings to compare: rings; every division with the first two tables, the first one with all."""
+    if not (spec.has_trellis and spec.table_bytes):
         yield from RINGS
     choices = tables(spec)
     for replicas, signed in choices:

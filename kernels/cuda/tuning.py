@@ -41,6 +41,7 @@ _LARGEST_PAIR_TABLE = {Family.NUQ: 5}
 _MOST_UNITS = 250
 """Of a warp in a row, so that sums of bytes times digits, of two hashes at most, stay below 2^31."""
 
+_MOST_QUAD_TOKENS = 4
 _BYTE_ENTRY = 256
 """Bytes from one entry to the next in the table of a quantizer whose codes are bytes."""
 
@@ -102,14 +103,17 @@ def _looks_up_pairs(spec: QuantizerSpec) -> bool:
     return spec.family is Family.VQ or spec.bits <= _LARGEST_PAIR_TABLE.get(spec.family, 0)
 
 
-def decoder_macros(spec: QuantizerSpec, rates: Sequence[float], replicas: int, signed: bool) -> dict[str, int | str]:
-    """Macros of ``decoders.cuh`` for one or two of the quantizer's rates."""
+def decoder_macros(
+    spec: QuantizerSpec, rates: Sequence[float], replicas: int, signed: bool, *, tokens: int = 1
+) -> dict[str, int | str]:
+    """Macros of ``decoders.cuh`` for one or two of the quantizer's rates, to multiply so many tokens."""
     widths = [pair_width(rate) for rate in rates]
     macros: dict[str, int | str] = {
         "FAMILY": _FAMILIES[spec.family],
         "STATE_BITS": spec.state_bits,
         "TABLE_BITS": max(spec.codebook_shape[0].bit_length() - 1, 0),
         "LEVEL_BITS": BYTE_LEVEL_BITS if spec.has_byte_levels else 0,
+        "AS_BYTES": in_quads(spec, tokens),
         "TABLE_OF_PAIRS": _looks_up_pairs(spec),
         "REPLICAS": replicas,
         "SIGNED_TABLE": signed and spec.has_trellis,
@@ -165,15 +169,20 @@ def compiled_tokens(batch: int) -> int:
     return 1 << (batch - 1).bit_length()
 
 
-def digits_of(spec: QuantizerSpec) -> int:
+def in_quads(spec: QuantizerSpec, tokens: int) -> bool:
+    """Whether weights are multiplied as the bytes of quads: of more tokens, digits would take longer to make."""
+    return spec.has_byte_levels and tokens <= _MOST_QUAD_TOKENS
+
+
+def digits_of(spec: QuantizerSpec, tokens: int) -> int:
     """Numbers that stand for an activation: fp16, or the 8-bit digits that are multiplied by bytes."""
-    return 2 if spec.code is TrellisCode.MAD or spec.has_byte_levels else 1
+    return 2 if spec.code is TrellisCode.MAD or in_quads(spec, tokens) else 1
 
 
-def _token_bytes(spec: QuantizerSpec, units: int) -> int:
+def _token_bytes(spec: QuantizerSpec, units: int, tokens: int) -> int:
     """Bytes of shared memory that a token takes: a column's digits for quads are bytes (``decode.cu``)."""
     columns = units * UNIT_COLUMNS
-    return digits_of(spec) * (columns + 64 if spec.has_byte_levels else 2 * columns + 16)
+    return digits_of(spec, tokens) * (columns + 64 if in_quads(spec, tokens) else 2 * columns + 16)
 
 
 def _share_warps(units: tuple[int, ...], tuning: Tuning) -> tuple[int, ...] | None:
@@ -207,11 +216,11 @@ def divide(
     factors = tuning.warps * tokens * 4
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
     shared_bytes = table_bytes + rings + factors + -factors % 16 + 4 * slots
-    shared_bytes += 2 * 2 * TILE * block_tiles + tokens * _token_bytes(spec, sum(units))
+    shared_bytes += 2 * 2 * TILE * block_tiles + tokens * _token_bytes(spec, sum(units), tokens)
     if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
         return None
     warps = _share_warps(units, tuning)
-    if warps is None or (digits_of(spec) > 1 and most_units(units, warps, tuning.row_groups) > _MOST_UNITS):
+    if warps is None or (digits_of(spec, tokens) > 1 and most_units(units, warps, tuning.row_groups) > _MOST_UNITS):
         return None
     return Division(row_tiles, chunk_blocks, block_tiles, units, warps, table_bytes, shared_bytes)
 
@@ -230,7 +239,7 @@ def launch_for(
     if division is None:
         return None
     tokens, widths = compiled_tokens(batch), [pair_width(rate) for rate in spec.rates]
-    macros = decoder_macros(spec, spec.rates, tuning.replicas, tuning.signed) | {
+    macros = decoder_macros(spec, spec.rates, tuning.replicas, tuning.signed, tokens=tokens) | {
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
         "ROWS": tuning.rows,
         "STEPS_AT_START": tuning.steps_at_start,

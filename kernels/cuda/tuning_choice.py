@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from ..specs import TILE, Family, QuantizerSpec
@@ -29,31 +29,50 @@ class _Loop:
 
 @dataclass(frozen=True)
 class _Loops:
-    """The loops that suit a kind of decoder, up to `most_tokens`; with more, a block has `_FEWEST_WARPS`.
+    """The loops that suit a kind of decoder.
 
-    `conflicts`: whether lanes may share copies of its table.
+    Attributes:
+        by_tokens: those for up to so many tokens, ascending.
+        conflicts: whether lanes may share copies of its table.
     """
 
-    loops: tuple[_Loop, ...]
-    most_tokens: int = 16
+    by_tokens: dict[int, tuple[_Loop, ...]]
     conflicts: bool = False
 
+    def of(self, tokens: int) -> tuple[_Loop, ...]:
+        """The loops for a number of tokens."""
+        return next(loops for most, loops in self.by_tokens.items() if tokens <= most)
 
-# Of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
-_LOOPS = {
-    "hashes": _Loops((_Loop(2, 2, 16, 1.0), _Loop(1, 3, 16, 1.03), _Loop(2, 0, 16, 1.06), _Loop(1, 0, 16, 1.11)), 4),
-    "nibbles of 3 bits": _Loops(
-        (_Loop(2, 2, 16, 1.0), _Loop(1, 4, 16, 0.97), _Loop(2, 0, 16, 1.06), _Loop(1, 0, 16, 1.11)), 4
-    ),
-    "bytes": _Loops((_Loop(2, 2, 12, 1.0), _Loop(1, 3, 12, 1.09), _Loop(2, 0, 16, 1.2), _Loop(1, 0, 16, 1.3)), 4),
-    "byte planes": _Loops((_Loop(2, 0, 16, 1.0), _Loop(1, 3, 12, 1.05), _Loop(1, 0, 16, 1.15))),
-    "tables": _Loops((_Loop(2, 0, 16, 1.0), _Loop(1, 3, 16, 0.97), _Loop(1, 0, 16, 1.1)), conflicts=True),
-    "trellis tables": _Loops((_Loop(2, 0, 16, 1.0), _Loop(1, 0, 16, 1.0)), conflicts=True),
-}
-"""By kind of decoder. More steps in flight only delay each other; lookups leave shared memory little time for rings."""
+
+def _without_table(ring: int, one_row: float) -> _Loops:
+    """Loops with `ring` steps in flight where a step is one unit, which costs `one_row`."""
+    few = (_Loop(2, 2, 16, 1.0), _Loop(1, ring, 16, one_row), _Loop(2, 0, 16, 1.06), _Loop(1, 0, 16, 1.11))
+    return _Loops({4: few, 16: tuple(replace(loop, warps=_FEWEST_WARPS) for loop in few)})
+
+
+def _tables(*loops: _Loop) -> _Loops:
+    return _Loops({16: loops}, conflicts=True)
+
+
 _FEWEST_WARPS = 8
 _MOST_COLUMNS = 16
 """Of multiplications, for which a warp has registers where more than `_FEWEST_WARPS` share a multiprocessor's."""
+# What follows is of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
+_LOOPS = {
+    "no table": _without_table(3, 1.03),
+    "no table, 3 bits": _without_table(4, 0.97),
+    "bytes": _Loops(
+        {
+            4: (_Loop(2, 2, 12, 1.0), _Loop(1, 3, 12, 1.09), _Loop(2, 0, 16, 1.2), _Loop(1, 0, 16, 1.3)),
+            8: (_Loop(2, 0, 16, 1.0), _Loop(2, 2, 8, 1.15), _Loop(1, 3, 8, 1.2), _Loop(1, 0, 16, 1.15)),
+            16: (_Loop(2, 0, 16, 1.0), _Loop(1, 0, 16, 1.15)),
+        }
+    ),
+    "byte planes": _Loops({16: (_Loop(2, 0, 16, 1.0), _Loop(1, 3, 12, 1.05), _Loop(1, 0, 16, 1.15))}),
+    "tables": _tables(_Loop(2, 0, 16, 1.0), _Loop(1, 3, 16, 0.97), _Loop(1, 0, 16, 1.1)),
+    "trellis tables": _tables(_Loop(2, 0, 16, 1.0), _Loop(1, 0, 16, 1.0)),
+}
+"""By kind of decoder. More steps in flight only delay each other; lookups leave shared memory little time for rings."""
 _UNIT_CYCLES = 40
 """To decode a unit: its 32 pairs, and the loads of their codes."""
 _TOKEN_CYCLES = 2
@@ -84,15 +103,17 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
     # without a table, or where every lane has a copy of its own anyway, there is nothing to choose
     replicas = (32, 16, 8, 4, 1) if loops.conflicts else (32,)
     tokens = compiled_tokens(batch)
-    few = tokens <= loops.most_tokens and tokens * digits_of(spec) <= _MOST_COLUMNS
+    chosen = loops.of(tokens)
+    if tokens * digits_of(spec, tokens) > _MOST_COLUMNS:
+        chosen = tuple(replace(loop, warps=_FEWEST_WARPS) for loop in chosen)
     shape = (spec, out_features, in_features, batch, limits)
     for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
         if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
             continue  # blocks have one row of tiles already
         best: tuple[float, Tuning] | None = None
-        for copies, signed, chunks, groups, loop in itertools.product(replicas, signs, splits, (1, 2, 4), loops.loops):
+        for copies, signed, chunks, groups, loop in itertools.product(replicas, signs, splits, (1, 2, 4), chosen):
             tuning = Tuning(
-                loop.warps if few else _FEWEST_WARPS,
+                loop.warps,
                 rows=loop.rows,
                 steps_at_start=2 if loop.rows == 1 and not loop.ring else 1,
                 ring=loop.ring,
@@ -115,9 +136,9 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 def _kind(spec: QuantizerSpec) -> str:
     """In `_LOOPS`."""
     if in_nibbles(spec):
-        return "nibbles of 3 bits" if spec.bits == 3 else "hashes"
+        return "no table, 3 bits" if spec.bits == 3 else "no table"
     if not spec.table_bytes:
-        return "hashes"
+        return "no table"
     if spec.has_trellis:
         return "trellis tables"
     bits = plane_bits(spec, pair_width(spec.bits))
@@ -128,18 +149,19 @@ def _cycles(spec: QuantizerSpec, batch: int, division: Division, tuning: Tuning,
     """Cycles of the busiest multiprocessor, but for what all tunings have in common."""
     rounds = -(-division.block_tiles // (tuning.rows * tuning.row_groups))
     units = rounds * tuning.rows * most_units(division.units, division.warps, tuning.row_groups)
-    tokens = compiled_tokens(batch) * digits_of(spec)
+    tokens = compiled_tokens(batch)
+    digits = digits_of(spec, tokens)
     unit = _UNIT_CYCLES * loop_cost * _CONFLICTS[tuning.replicas]
     if spec.has_trellis and spec.table_bytes:
         if tuning.rows == 1:
             unit *= _TRELLIS_ROW[tuning.replicas == 32]
         if not tuning.signed:
             unit *= _UNSIGNED
-    unit += _TOKEN_CYCLES * tokens / tuning.rows
+    unit += _TOKEN_CYCLES * tokens * digits / tuning.rows
     decoding = tuning.warps * unit * (units + _FIRST_STEP_UNITS * tuning.rows)
     slots = division.block_tiles * (tuning.warps // tuning.row_groups)
-    adding = 2 * slots * max(1, compiled_tokens(batch) * TILE / 32)
-    activation = _DIGIT_CYCLES[spec.family] if digits_of(spec) > 1 else 2 / _STORE_BYTES
+    adding = 2 * slots * max(1, tokens * TILE / 32)
+    activation = _DIGIT_CYCLES[spec.family] if digits > 1 else 2 / _STORE_BYTES
     start = 0.5 * division.table_bytes / _STORE_BYTES + activation * batch * sum(division.units) * UNIT_COLUMNS
     waiting = (tuning.splits - 1) * (_SPLIT_CYCLES + division.block_tiles * batch)
     waiting += _GROUP_CYCLES if tuning.row_groups > 1 else 0

@@ -12,7 +12,7 @@
 //
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
-// Macros: FAMILY, LEVEL_BITS, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
+// Macros: FAMILY, LEVEL_BITS, AS_BYTES, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
 // HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH (MadDecoder); ROWS, ROW_GROUPS, STEPS_AT_START, RING
 // (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
 // must have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT.

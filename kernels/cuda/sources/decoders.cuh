@@ -136,80 +136,154 @@ struct ByteDecoder : HalfDecoder {
 
 // vq of 3 and 4 bits a pair: the same with the codes of a quad as one byte, and the quad's bytes as an entry.
 template <int WIDTH>
-struct QuadTableDecoder : QuadDecoder {
+struct QuadTable {
     static constexpr int BITS = 2 * WIDTH;
-    static constexpr int ENTRIES = 1 << BITS, STRIDE = 256, ENTRY_BYTES = 128;
+    static constexpr int ENTRIES = 1 << BITS, STRIDE = 256;
     static constexpr int TABLE_BYTES = ENTRIES * STRIDE;
 
+    // Both pairs of a quad, in fp16.
+    static __device__ __forceinline__ Words2 pairs(const u16* codebook, int code) {
+        int first = code & ((1 << WIDTH) - 1), last = code >> WIDTH;
+        return Words2{codebook_pair<WIDTH>(codebook, first), codebook_pair<WIDTH>(codebook, last)};
+    }
+
+    // Where the entry of a block's quad is, for a lane whose copy begins at byte `lane`.
+    template <int BLOCK>
+    static __device__ __forceinline__ u32 place(const Unit<WIDTH>& unit, int quad, u32 lane) {
+        int code = BLOCK * BLOCK_QUADS + quad;
+        u32 octet = BytePlanes<BITS, WIDTH>::octet(unit.words, code / 4);
+        return permute(octet, lane, 0x5504 | code % 4 << 4);
+    }
+
+    static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
+};
+
+template <int WIDTH>
+struct QuadTableDecoder : QuadDecoder, QuadTable<WIDTH> {
+    using Table = QuadTable<WIDTH>;
+    using Table::ENTRIES, Table::STRIDE, Table::TABLE_BYTES;
+    static constexpr int ENTRY_BYTES = 128;
+
     static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {
-        int low = code & ((1 << WIDTH) - 1), high = code >> WIDTH;
-        u32 quad = bytes_of(codebook_pair<WIDTH>(codebook, low), codebook_pair<WIDTH>(codebook, high));
+        Words2 pairs = Table::pairs(codebook, code);
+        u32 quad = bytes_of(pairs.x, pairs.y);
         return Words2{quad, quad};
     }
 
     static __device__ __forceinline__ Lane lane(Asked) { return lane_index() * 4; }
 
-    static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
-
     template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, Lane lane, Words& quads) {
 #pragma unroll
+        for (int i = 0; i < BLOCK_QUADS; ++i) quads[i] = lookup(Table::template place<BLOCK>(unit, i, lane));
+    }
+};
+
+// The same as fp16, for more tokens than digits pay for.
+template <int WIDTH>
+struct QuadTableHalfDecoder : HalfDecoder, QuadTable<WIDTH> {
+    using Table = QuadTable<WIDTH>;
+    using Table::ENTRIES, Table::STRIDE, Table::TABLE_BYTES;
+    static constexpr int ENTRY_BYTES = 256;
+
+    static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) { return Table::pairs(codebook, code); }
+
+    static __device__ __forceinline__ Lane lane(Asked) { return lane_index() * 8; }
+
+    template <int BLOCK, int PART>
+    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, Lane lane, Words& weights) {
+#pragma unroll
         for (int i = 0; i < BLOCK_QUADS; ++i) {
-            int code = BLOCK * BLOCK_QUADS + i;
-            u32 octet = BytePlanes<BITS, WIDTH>::octet(unit.words, code / 4);
-            quads[i] = lookup(permute(octet, lane, 0x5504 | code % 4 << 4));
+            Words2 pairs = lookup_two(Table::template place<BLOCK>(unit, i, lane));
+            weights[pair_of_quad(i, 0)] = pairs.x, weights[pair_of_quad(i, 1)] = pairs.y;
         }
     }
 };
 
-// nuq of 2 and 3 bits: no table, a lane has all levels as the bytes of a register or two. Codes are the low bits of nibbles
+// nuq of 2 and 3 bits: no table, a lane has all levels as the bytes of registers. Codes are the low bits of nibbles
 // (layout.py), and four nibbles are what a byte permutation wants to choose a quad's levels.
 template <int WIDTH>
-struct NibbleDecoder : QuadDecoder {
+struct Nibbles {
     static constexpr int BITS = WIDTH / 2;
     static constexpr u32 EVERY_NIBBLE = 0x11111111;
+    static_assert(BITS == 2 || BITS == 3, "two codes of a nibble, or one and a bit of another");
 
-    using Asked = Words4;  // the codebook
-    using Lane = Words2;
-
-    static __device__ __forceinline__ Asked ask(const u16* codebook) {
+    static __device__ __forceinline__ Words4 load(const u16* codebook) {
         if constexpr (BITS == 3) return *reinterpret_cast<const Words4*>(codebook);
         Words2 levels = *reinterpret_cast<const Words2*>(codebook);
         return Words4{levels.x, levels.y, levels.x, levels.y};
     }
 
+    // The codes of a block's quads, in the four low nibbles of each.
+    template <int BLOCK>
+    static __device__ __forceinline__ void codes(const Unit<WIDTH>& unit, u32 (&quads)[BLOCK_QUADS]) {
+        const u32* own = unit.words + BLOCK * BITS;
+        u32 pairs[BLOCK_QUADS / 2] = {};  // of quads
+        if constexpr (BITS == 2) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) pairs[i] = own[i / 2] >> i % 2 * 2 & 3 * EVERY_NIBBLE;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 3; ++i) {
+                pairs[i] = own[i] & 7 * EVERY_NIBBLE;
+                pairs[3] |= own[i] >> (3 - i) & EVERY_NIBBLE << i;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCK_QUADS; ++i) quads[i] = i % 2 == 0 ? pairs[i / 2] : pairs[i / 2] >> 16;
+    }
+
+    // The bytes of four codes; of 2 bits these are all in `first`.
+    static __device__ __forceinline__ u32 pick(u32 first, u32 last, u32 codes) {
+        return pick_bytes(first, BITS == 3 ? last : 0, codes);
+    }
+
+    static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
+};
+
+template <int WIDTH>
+struct NibbleDecoder : QuadDecoder, Nibbles<WIDTH> {
+    using Asked = Words4;  // the codebook
+    using Lane = Words2;   // as bytes
+
+    static __device__ __forceinline__ Asked ask(const u16* codebook) { return Nibbles<WIDTH>::load(codebook); }
+
     static __device__ __forceinline__ Lane lane(const Asked& codebook) {
         return Words2{bytes_of(codebook.x, codebook.y), bytes_of(codebook.z, codebook.w)};
     }
 
-    static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
-
     template <int BLOCK, int PART>
     static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, const Lane& levels, Words& quads) {
-        static_assert(BITS == 2 || BITS == 3, "two codes of a nibble, or one and a bit of another");
-        const u32* own = unit.words + BLOCK * BITS;
-        if constexpr (BITS == 2) {
+        Nibbles<WIDTH>::template codes<BLOCK>(unit, quads);
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                pick(quads + 4 * i, levels, own[i] & 3 * EVERY_NIBBLE);
-                pick(quads + 4 * i + 2, levels, own[i] >> 2 & 3 * EVERY_NIBBLE);
-            }
-        } else {
-            u32 above = 0;
-#pragma unroll
-            for (int i = 0; i < 3; ++i) {
-                pick(quads + 2 * i, levels, own[i] & 7 * EVERY_NIBBLE);
-                above |= own[i] >> (3 - i) & EVERY_NIBBLE << i;
-            }
-            pick(quads + 6, levels, above);
-        }
+        for (int i = 0; i < BLOCK_QUADS; ++i) quads[i] = Nibbles<WIDTH>::pick(levels.x, levels.y, quads[i]);
+    }
+};
+
+// The same as fp16, for more tokens than digits pay for: the lower bytes of levels and the higher ones are picked apart.
+template <int WIDTH>
+struct NibbleHalfDecoder : HalfDecoder, Nibbles<WIDTH> {
+    using Asked = Words4;  // the codebook
+    using Lane = Words4;   // its lower bytes, then its higher ones
+
+    static __device__ __forceinline__ Asked ask(const u16* codebook) { return Nibbles<WIDTH>::load(codebook); }
+
+    static __device__ __forceinline__ Lane lane(const Asked& codebook) {
+        return Words4{
+            permute(codebook.x, codebook.y, 0x6420), permute(codebook.z, codebook.w, 0x6420),
+            permute(codebook.x, codebook.y, 0x7531), permute(codebook.z, codebook.w, 0x7531)};
     }
 
-    // The two quads of eight nibbles.
-    static __device__ __forceinline__ void pick(u32* quads, const Lane& levels, u32 nibbles) {
-        u32 others = BITS == 3 ? levels.y : 0;
-        quads[0] = pick_bytes(levels.x, others, nibbles);
-        quads[1] = pick_bytes(levels.x, others, nibbles >> 16);
+    template <int BLOCK, int PART>
+    static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, const Lane& levels, Words& weights) {
+        u32 quads[BLOCK_QUADS];
+        Nibbles<WIDTH>::template codes<BLOCK>(unit, quads);
+#pragma unroll
+        for (int i = 0; i < BLOCK_QUADS; ++i) {
+            u32 low = Nibbles<WIDTH>::pick(levels.x, levels.y, quads[i]), high = Nibbles<WIDTH>::pick(levels.z, levels.w, quads[i]);
+            weights[pair_of_quad(i, 0)] = permute(low, high, 0x5140);
+            weights[pair_of_quad(i, 1)] = permute(low, high, 0x7362);
+        }
     }
 };
 
@@ -292,9 +366,9 @@ struct Choose {
 #elif FAMILY == TCQ
     using Decoder = TrellisDecoder<WIDTH, STATE_BITS, TABLE_BITS, REPLICAS, SIGNED_TABLE>;
 #elif FAMILY == NUQ && LEVEL_BITS
-    using Decoder = NibbleDecoder<WIDTH>;
+    using Decoder = typename Either<AS_BYTES, NibbleDecoder<WIDTH>, NibbleHalfDecoder<WIDTH>>::Type;
 #elif FAMILY == VQ && LEVEL_BITS
-    using Decoder = QuadTableDecoder<WIDTH>;
+    using Decoder = typename Either<AS_BYTES, QuadTableDecoder<WIDTH>, QuadTableHalfDecoder<WIDTH>>::Type;
 #elif FAMILY == VQ || TABLE_OF_PAIRS
     using Decoder = typename Either<WIDTH <= 8, ByteDecoder<WIDTH>, PairDecoder<WIDTH, REPLICAS>>::Type;
 #elif FAMILY == NUQ

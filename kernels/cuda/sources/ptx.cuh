@@ -50,6 +50,16 @@ __device__ __forceinline__ u32 lookup(u32 offset) {
     return word;
 }
 
+// The two words `offset` bytes into dynamic shared memory.
+__device__ __forceinline__ Words2 lookup_two(u32 offset) {
+    if constexpr ((WITHOUT & WITHOUT_LOOKUPS) != 0) return Words2{offset, offset};
+    Words2 words;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2 + %3];"
+                 : "=r"(words.x), "=r"(words.y)
+                 : "r"(offset), "n"(SHARED_BASE));
+    return words;
+}
+
 // The words `offset` + BYTES bytes into dynamic shared memory, where `active`; elsewhere anything.
 template <int BYTES>
 __device__ __forceinline__ void load_shared_if(Words4& words, u32 offset, bool active) {

@@ -22,6 +22,11 @@
 constexpr int BLOCK_PAIRS = 16, BLOCK_QUADS = BLOCK_PAIRS / 2;
 constexpr int UNIT_COLUMNS = 128;
 
+// The pair that is the first two columns of a quad, or where `last` is 1 the last two.
+__device__ __forceinline__ constexpr int pair_of_quad(int quad, int last) {
+    return 4 * (quad / 2 % 2 * 2 + last) + 2 * (quad / 4) + quad % 2;
+}
+
 template <int VALUE>
 constexpr int LOG2 = 1 + LOG2<VALUE / 2>;
 template <>
@@ -151,8 +156,8 @@ struct QuadDecoder : AnyDecoder {
     static __device__ __forceinline__ void values_of(const Words& quads, float (&weights)[2 * BLOCK_PAIRS]) {
 #pragma unroll
         for (int i = 0; i < 4 * BLOCK_QUADS; ++i) {
-            int quad = i / 4, half = i / 2 % 2, pair = 4 * (quad / 2 % 2 * 2 + half) + 2 * (quad / 4) + quad % 2;
-            weights[2 * pair + i % 2] = static_cast<float>(signed_byte(quads[quad], i % 4)) * gain();
+            int pair = pair_of_quad(i / 4, i / 2 % 2);
+            weights[2 * pair + i % 2] = static_cast<float>(signed_byte(quads[i / 4], i % 4)) * gain();
         }
     }
 };

@@ -38,6 +38,8 @@ CASES = [
     ("nuq-4", (80, 384), 4, torch.float16, Tuning(4, rows=1, row_groups=2)),
     ("nuq-6", (48, 256), 8, torch.bfloat16, Tuning(4, replicas=4, splits=3)),
     ("vq-1.5", (176, 640), 6, torch.bfloat16, Tuning(4)),
+    ("vq-1.5", (112, 416), 3, torch.bfloat16, Tuning(4, ring=2)),
+    ("nuq-2", (112, 416), 4, torch.float16, Tuning(4, rows=1, ring=3)),
     ("vq-2", (112, 640), 1, torch.float16, Tuning(8)),
     ("vq-2", (80, 160), 8, torch.float16, Tuning(4, rows=1, splits=2)),
     ("vq-2.5", (208, 416), 13, torch.float16, Tuning(4, rows=1, waves=2)),

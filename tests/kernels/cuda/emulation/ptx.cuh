@@ -58,6 +58,7 @@ inline int lane_index() { return threadIdx.x & 31; }
 inline void stop_kernel() { std::abort(); }
 inline void check_shared_base(const void*) {}
 inline u32 lookup(u32 offset) { return *(const u32*)(dynamic_shared + offset); }
+inline Words2 lookup_two(u32 offset) { return *(const Words2*)(dynamic_shared + offset); }
 inline u32 funnel_shift(u32 low, u32 high, u32 shift) { return (u32)(((u64)high << 32 | low) >> shift); }
 inline u32 hidden(u32 value) { return value; }
 inline u32 permute(u32 first, u32 second, u32 selector) {

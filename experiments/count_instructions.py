@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from ..kernels.cuda.jit import compile_cubin
-from ..kernels.cuda.tuning import Limits, launch_for
+from ..kernels.cuda.tuning import Limits, in_quads, launch_for
 from ..kernels.cuda.tuning_choice import tune
 from ..kernels.mad import mad_code
 from ..kernels.specs import QuantizerSpec, TrellisCode
@@ -36,7 +36,6 @@ from .kernel_checks import CHECKED
 from .records import checkout_commit
 
 _LIMITS = Limits(132, 227 << 10)
-_PAIRS_PER_MULTIPLICATION = 4  # of a lane, for one hash
 _MULTIPLICATIONS = ("HMMA", "IMMA")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)([^;]*);")
 _LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)
@@ -88,11 +87,17 @@ def wavefronts(opcode: str, operands: str) -> int:
     return 4 if ".128" in opcode else 2 if ".64" in opcode else 1
 
 
-def hashes(spec: QuantizerSpec) -> int:
-    """Multiplications of the same pairs, one for each hash of MAD; of two rates, the one with the shorter loop."""
-    if spec.code is not TrellisCode.MAD:
-        return 1
-    return min(len(mad_code(int(2 * rate)).multipliers) for rate in spec.rates)
+def pairs_of_multiplication(spec: QuantizerSpec) -> int:
+    """Pairs of a lane that one multiplication takes: of fp16 weights, of bytes in quads, of hashes.
+
+    MAD has a multiplication for each hash; of two rates, the one with the shorter loop counts.
+    """
+    if in_quads(spec, tokens=1):
+        return 8
+    hashes = 1
+    if spec.code is TrellisCode.MAD:
+        hashes = min(len(mad_code(int(2 * rate)).multipliers) for rate in spec.rates)
+    return 4 // hashes
 
 
 def count(spec: QuantizerSpec, arch: str, nvdisasm: str) -> dict[str, object]:
@@ -106,7 +111,7 @@ def count(spec: QuantizerSpec, arch: str, nvdisasm: str) -> dict[str, object]:
         Path(file.name).write_bytes(code)
         listing = subprocess.run([nvdisasm, "-c", file.name], capture_output=True, text=True, check=True).stdout
     body = inner_loop(listing)
-    pairs = _PAIRS_PER_MULTIPLICATION * sum(opcode.startswith(_MULTIPLICATIONS) for opcode, _ in body) // hashes(spec)
+    pairs = pairs_of_multiplication(spec) * sum(opcode.startswith(_MULTIPLICATIONS) for opcode, _ in body)
     units: Counter[str] = Counter()
     for opcode, _ in body:
         units[next((unit for unit, names in _UNITS.items() if re.match(names, opcode)), "other")] += 1

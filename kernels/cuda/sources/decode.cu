@@ -3,19 +3,17 @@
 //
 // A block takes one of SPLITS chunks of the input dimension (the grid is a multiple of SPLITS) and a range of rows of
 // tiles. Its warps form ROW_GROUPS groups, which take ROWS rows of tiles in turn; the warps of a group share the chunk's
-// columns. A warp brings the tokens of its own columns, those of group 0 do for all groups. Warps meet once for the table and
-// at the end: a warp leaves the sums of each row of tiles in a slot of shared memory, and these
-// are added up in the order of the warps. With several chunks, the block of the last one adds the others' sums in the
-// order of the chunks; they pass through `workspace`, whose words are EMPTY before and after every launch, so that a
-// sum's arrival needs no flag. That block has the highest index, so those it waits for are running or done. Every sum
-// has a fixed order: results repeat.
+// columns. A warp brings the tokens of its own columns, those of group 0 do for all groups. Warps meet once for the
+// table and at the end: a warp leaves the sums of each row of tiles in a slot of shared memory, and these are added up in
+// the order of the warps. With several chunks, the block of the last one adds the others' sums in the order of the
+// chunks; they pass through `workspace`, whose words are EMPTY before and after every launch, so that a sum's arrival
+// needs no flag. That block has the highest index, so those it waits for are running or done. Every sum has a fixed
+// order: results repeat.
 //
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
-// Macros: FAMILY, LEVEL_BITS, AS_BYTES, WIDTH_LOW, WIDTH_HIGH, STATE_BITS, TABLE_BITS, TABLE_OF_PAIRS, REPLICAS, SIGNED_TABLE (decoders.cuh),
-// HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH (MadDecoder); ROWS, ROW_GROUPS, STEPS_AT_START, RING
-// (stream.cuh), SPLITS, WARPS, HIGH_WARPS, RESIDENT (blocks for which a multiprocessor
-// must have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT.
+// Macros: those of decoders.cuh and WIDTH_HIGH; ROWS, ROW_GROUPS, STEPS_AT_START, RING (stream.cuh), SPLITS, WARPS,
+// HIGH_WARPS, RESIDENT (blocks for which a multiprocessor must have registers), TOKENS (1, 2, 4, 8 or 16), BFLOAT.
 #include "stream.cuh"
 #include "tokens.cuh"
 
@@ -297,11 +295,11 @@ struct Start {
             wait_for_previous_kernels();
             int first = (segment.first + share.first) * UNIT_COLUMNS;
             const u16* from = x + segment.column + first;
-            int pieces = share.units * 16, real = (segment.columns - first) / 8;
+            TokenPieces own{from, in_features, batch, share.units * 16, (segment.columns - first) / 8};
             if constexpr (BYTES) {
-                DigitFilling<Low::OPERAND>{{from, in_features, batch, pieces, real}, to, token_stride, factors, gain}.fill(ask_ahead);
+                DigitFilling<Low::OPERAND>{own, to, token_stride, factors, gain}.fill(ask_ahead);
             } else {
-                TokenFilling{{from, in_features, batch, pieces, real}, to, token_stride, factors}.fill(ask_ahead);
+                TokenFilling{own, to, token_stride, factors}.fill(ask_ahead);
             }
         } else {
             ask_ahead();

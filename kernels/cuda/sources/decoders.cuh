@@ -1,4 +1,8 @@
 // Codes to what tensor cores multiply (Operand), one struct for each family of quantizers.
+//
+// Macros: FAMILY, WIDTH_LOW; LEVEL_BITS, where it is not 0 all numbers of the codebook are multiples of 2^-LEVEL_BITS, and
+// AS_BYTES, whether such weights are multiplied as bytes; TABLE_OF_PAIRS and REPLICAS for tables; STATE_BITS, TABLE_BITS,
+// SIGNED_TABLE for trellis codes, HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH for MAD.
 #pragma once
 
 #include "tables.cuh"
@@ -280,7 +284,8 @@ struct NibbleHalfDecoder : HalfDecoder, Nibbles<WIDTH> {
         Nibbles<WIDTH>::template codes<BLOCK>(unit, quads);
 #pragma unroll
         for (int i = 0; i < BLOCK_QUADS; ++i) {
-            u32 low = Nibbles<WIDTH>::pick(levels.x, levels.y, quads[i]), high = Nibbles<WIDTH>::pick(levels.z, levels.w, quads[i]);
+            u32 low = Nibbles<WIDTH>::pick(levels.x, levels.y, quads[i]);
+            u32 high = Nibbles<WIDTH>::pick(levels.z, levels.w, quads[i]);
             weights[pair_of_quad(i, 0)] = permute(low, high, 0x5140);
             weights[pair_of_quad(i, 1)] = permute(low, high, 0x7362);
         }

@@ -70,16 +70,20 @@ def rounded(spec: QuantizerSpec, table: Tensor) -> Tensor:
 
 
 def check_levels(spec: QuantizerSpec, table: Tensor) -> None:
-    """Check that a table is one that `rounded` could give.
+    """Check that a table of a quantizer with byte levels is one that `rounded` gives; any other table passes.
 
     Raises:
         QuantizerError: it isn't.
     """
-    if not torch.equal(rounded(spec, table.float()), table):
+    if not spec.has_byte_levels or table.is_meta:
+        return
+    fits = tuple(table.shape) == spec.codebook_shape and table.dtype == torch.float16
+    if not fits or not torch.equal(rounded(spec, table.float()), table):
+        found = f"{tuple(table.shape)} {table.dtype}{' of other numbers' if fits else ''}"
         raise QuantizerError(
-            f"expected a codebook of multiples of 1/{1 << BYTE_LEVEL_BITS} below 4 for {spec.label}; "
-            "got other numbers: quantize the model anew with this version of msq, or pass a table of your own through "
-            "codebooks.rounded()."
+            f"expected a codebook {spec.codebook_shape} float16 of multiples of 1/{1 << BYTE_LEVEL_BITS} below 4 for "
+            f"{spec.label}; got {found}: quantize the model anew with this version of msq, or pass a table of your own "
+            "through codebooks.rounded()."
         )
 
 

@@ -163,7 +163,10 @@ def multiply(
     tuning: Tuning | None = None,
     programmatic: bool = False,
 ) -> Tensor:
-    """``x W^T + bias`` in the rotated domain, fp32 sums, results rounded once; on torch's current stream.
+    """``x W^T + bias`` in the rotated domain, results rounded once; on torch's current stream.
+
+    Sums are fp32, or int32 where weights are multiplied as bytes (``decode.cu``): then activations keep 14 bits below
+    the largest of a warp's columns.
 
     Args:
         x: ``(batch, in_features)`` fp16 or bf16, contiguous, at most `MAX_BATCH` rows, aligned to 16 bytes.

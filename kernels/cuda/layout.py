@@ -216,7 +216,7 @@ def prepare(weight: QuantizedWeight) -> PreparedWeight:
         weight.in_features,
         tuple(to_units(part, weight.spec) for part in weight.packed),
         weight.scales.contiguous(),
-        weight.codebook.contiguous(),
+        weight.codebook.clone(memory_format=torch.contiguous_format),  # its own memory, aligned as kernels read it
     )
 
 

@@ -9,7 +9,7 @@ from layer to layer: a kernel decodes nothing before it has read its codebook.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Self
 from weakref import WeakValueDictionary
@@ -142,11 +142,13 @@ class KernelLinear(nn.Module):
             _workspaces[device] = new_workspace(words, device)
         return _workspaces[device]
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        """Loading writes into buffers: not into a codebook that other modules share."""
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **options: Any) -> None:
+        """Loading writes into buffers: not into a codebook that others share, and none that the kernels can't read."""
+        found = state_dict.get(f"{prefix}codebook")
+        if found is not None:
+            check_levels(self.spec, found)
         self.codebook = self.codebook.clone()
-        super()._load_from_state_dict(*args, **options)
-        check_levels(self.spec, self.codebook)
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
         self.codebook = shared_codebook(self.codebook)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:

@@ -27,6 +27,7 @@ __all__ = [
     "device_limits",
     "digits_of",
     "divide",
+    "in_quads",
     "launch_for",
     "most_units",
     "table_size",
@@ -42,6 +43,7 @@ _MOST_UNITS = 250
 """Of a warp in a row, so that sums of bytes times digits, of two hashes at most, stay below 2^31."""
 
 _MOST_QUAD_TOKENS = 4
+"""Tokens up to which their digits cost less than multiplying bytes saves (experiments/results/kernels_h200_log.md)."""
 _BYTE_ENTRY = 256
 """Bytes from one entry to the next in the table of a quantizer whose codes are bytes."""
 

@@ -47,16 +47,13 @@ class _Loops:
 def _without_table(ring: int, one_row: float) -> _Loops:
     """Loops with `ring` steps in flight where a step is one unit, which costs `one_row`."""
     few = (_Loop(2, 2, 16, 1.0), _Loop(1, ring, 16, one_row), _Loop(2, 0, 16, 1.06), _Loop(1, 0, 16, 1.11))
-    return _Loops({4: few, 16: tuple(replace(loop, warps=_FEWEST_WARPS) for loop in few)})
+    return _Loops({4: few, 16: tuple(replace(loop, warps=8) for loop in few)})
 
 
 def _tables(*loops: _Loop) -> _Loops:
     return _Loops({16: loops}, conflicts=True)
 
 
-_FEWEST_WARPS = 8
-_MOST_COLUMNS = 16
-"""Of multiplications, for which a warp has registers where more than `_FEWEST_WARPS` share a multiprocessor's."""
 # What follows is of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
 _LOOPS = {
     "no table": _without_table(3, 1.03),
@@ -97,21 +94,18 @@ _STORE_BYTES = 128
 
 @cache
 def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
-    """The tuning that should be fastest; None where none fits."""
-    loops = _LOOPS[_kind(spec)]
+    """The tuning that should be fastest of those that are tried; None where none of them fits."""
+    suited = _LOOPS[_kind(spec)]
     signs = (True, False) if spec.has_trellis and spec.table_bytes else (True,)
     # without a table, or where every lane has a copy of its own anyway, there is nothing to choose
-    replicas = (32, 16, 8, 4, 1) if loops.conflicts else (32,)
-    tokens = compiled_tokens(batch)
-    chosen = loops.of(tokens)
-    if tokens * digits_of(spec, tokens) > _MOST_COLUMNS:
-        chosen = tuple(replace(loop, warps=_FEWEST_WARPS) for loop in chosen)
+    replicas = (32, 16, 8, 4, 1) if suited.conflicts else (32,)
+    loops = suited.of(compiled_tokens(batch))
     shape = (spec, out_features, in_features, batch, limits)
     for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
         if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
             continue  # blocks have one row of tiles already
         best: tuple[float, Tuning] | None = None
-        for copies, signed, chunks, groups, loop in itertools.product(replicas, signs, splits, (1, 2, 4), chosen):
+        for copies, signed, chunks, groups, loop in itertools.product(replicas, signs, splits, (1, 2, 4), loops):
             tuning = Tuning(
                 loop.warps,
                 rows=loop.rows,

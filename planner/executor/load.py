@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ...kernels.codebooks import check_levels
 from ...kernels.errors import QuantizerError
 from ...kernels.quantize import QuantizedWeight, from_tensors, tensor_shapes
 from ...profiles.models import choose_device, load_config
@@ -81,7 +82,7 @@ def quantized_weights(quantization: QuantizationConfig, tensors: Mapping[str, Te
     """The packed layers of a checkpoint by name.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown or of the wrong shape.
+        CheckpointError: a tensor is missing, unknown or of the wrong shape, or a codebook holds what is no level.
     """
     weights = {}
     for name, layer in quantization.layers.items():
@@ -90,6 +91,7 @@ def quantized_weights(quantization: QuantizationConfig, tensors: Mapping[str, Te
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         try:
             weights[name] = from_tensors(quantization.spec(name), *size, layer.rotation_seed, own)
+            check_levels(quantization.spec(name), weights[name].codebook)
         except QuantizerError as cause:
             raise CheckpointError(f"{name}: {cause} Apply the plan again.") from cause
         unknown = sorted(own.keys() - tensor_shapes(quantization.spec(name), *size).keys() - {"bias"})

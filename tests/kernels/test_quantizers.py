@@ -167,12 +167,21 @@ def test_bad_weights_are_refused(weight, message):
 def test_codebooks_of_few_levels_are_bytes(label):
     spec = SHORT[label]
     own = codebook(spec).float() * 1.01
-    with pytest.raises(QuantizerError, match=f"multiples of 1/32 below 4 for {label}; got other numbers"):
+    with pytest.raises(QuantizerError, match=rf"multiples of 1/32 below 4 for {label}; got .* of other numbers"):
         quantize(torch.randn(16, 32), spec, rotation_seed=0, codebook=own.half())
+    with pytest.raises(QuantizerError, match=rf"for {label}; got .* torch.float32: quantize"):
+        quantize(torch.randn(16, 32), spec, rotation_seed=0, codebook=codebook(spec).float())
+    with pytest.raises(QuantizerError, match=rf"for {label}; got \(3, 1\)"):
+        check_levels(spec, torch.zeros(3, 1).half())
     quantize(torch.randn(16, 32), spec, rotation_seed=0, codebook=rounded(spec, own))
     assert float(rounded(spec, own * 100).abs().max()) == 127 / 32
-    with pytest.raises(QuantizerError, match="got other numbers"):
+    with pytest.raises(QuantizerError, match="of other numbers"):
         check_levels(spec, torch.full(spec.codebook_shape, torch.inf).half())
+
+
+def test_other_codebooks_may_be_any():
+    spec = SHORT["nuq-4"]
+    quantize(torch.randn(16, 32), spec, rotation_seed=0, codebook=codebook(spec).float() * 1.01)
 
 
 def test_tensors_of_another_layer_are_refused():

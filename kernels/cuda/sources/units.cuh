@@ -3,7 +3,7 @@
 // A *unit* is 16 rows x 128 columns of a weight: 8 tiles, or 2 *blocks* of 4 tiles. Lane 4 * g + t of a warp owns, in
 // each block, the codes of pairs 16 g .. 16 g + 15 of tile t: 16 * WIDTH consecutive bits of that tile's stream, rows g
 // and g + 8, all 16 columns. The two blocks' bits follow one another in the lane's WIDTH words, unless these are byte
-// planes (ByteDecoder), half planes (IntegerDecoder) or nibbles (NibbleDecoder). Pair 4 m + j is columns 2m and 2m + 1 of
+// planes (BytePlanes), half planes (IntegerDecoder) or nibbles (Nibbles). Pair 4 m + j is columns 2m and 2m + 1 of
 // tile t, 8 further where j >= 2, of row g, or g + 8 where j is odd. Weights that are multiplied as bytes go by *quads*,
 // four neighbouring columns of a row: quad 2 c + r is columns 4c .. 4c + 3 of row g + 8 r.
 //

@@ -18,7 +18,10 @@ CASES = [
     ("int-4", 1, torch.float16, None),
     ("int-8", 8, torch.bfloat16, Tuning(8, splits=2)),
     ("nuq-3", 1, torch.float16, None),
+    ("nuq-3", 8, torch.bfloat16, None),  # of halves
     ("nuq-7", 4, torch.bfloat16, None),
+    ("vq-2", 2, torch.float16, None),
+    ("vq-2", 16, torch.bfloat16, None),
     ("vq-6", 16, torch.float16, None),
     ("tcq-2.5", 1, torch.bfloat16, None),
     ("tcq-5", 8, torch.float16, None),
@@ -30,7 +33,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("label", "batch", "dtype", "tuning"), CASES, ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(("label", "batch", "dtype", "tuning"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
 def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
     chosen = tuning or tune(SPECS[label], 4096, 4096, batch, LIMITS)
     assert chosen is not None
@@ -41,7 +44,7 @@ def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("label", ["int-6", "nuq-5", "vq-3.5", "tcq-4.5", "tcq-4.5-hyb"])
+@pytest.mark.parametrize("label", ["int-6", "nuq-2", "nuq-3", "nuq-5", "vq-2", "vq-3.5", "tcq-4.5", "tcq-4.5-hyb"])
 def test_dequantize_kernels_compile(label, arch):
     spec = SPECS[label]
     source, _ = dequantize_source(spec, spec.rates[0], torch.float16)

@@ -90,10 +90,11 @@ SIZES = {"smallest": 2**-24, "small": 1e-5, "large": 500.0}
 
 
 @needs_compiler
+@pytest.mark.parametrize("label", ["tcq-3", "nuq-3", "vq-2"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_digits_hold_activations_of_any_size(dtype, tmp_path):
+def test_digits_hold_activations_of_any_size(dtype, label, tmp_path):
     torch.manual_seed(0)
-    spec, shape = SPECS["tcq-3"], (48, 512)
+    spec, shape = SPECS[label], (48, 512)
     quantized = random_weight(spec, *shape, torch.device("cpu"))
     x = torch.randn(len(SIZES) + 3, shape[1]).clamp(-4, 4)
     for token, size in enumerate(SIZES.values()):
@@ -103,10 +104,13 @@ def test_digits_hold_activations_of_any_size(dtype, tmp_path):
     # one column far above the others: what is lost is small beside it
     x[1, 7] *= 100
     tuning = Tuning(4, ring=2)
-    launch = launch_for(spec, *shape, len(x), dtype, LIMITS, tuning)
-    y = torch.full((len(x), shape[0]), 7.0, dtype=dtype)
-    arguments = kernel_arguments(x, prepare(quantized), None, y, None, launch)
-    Emulated(launch.source, tmp_path / "host").launch(launch.grid, launch.block, arguments)
+    launch = launch_for(spec, *shape, 3, dtype, LIMITS, tuning)  # few enough for quads
+    kernel, results = Emulated(launch.source, tmp_path / "host"), []
+    for tokens in x.split(3):
+        y = torch.full((3, shape[0]), 7.0, dtype=dtype)
+        kernel.launch(launch.grid, launch.block, kernel_arguments(tokens, prepare(quantized), None, y, None, launch))
+        results.append(y)
+    y = torch.cat(results)
     expected = x.double() @ decode(quantized).double().T
     assert bool((y[-3] == 0).all()) and bool(y[-2:].isnan().all())
     for token, name in enumerate(SIZES):
@@ -126,9 +130,13 @@ def rounding_gain(monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("label", ["tcq-1.5", "tcq-2", "tcq-3.5", "tcq-5", "half-tcq-3.25"])
-def test_unit_vectors_pick_exact_weights(label, rounding_gain, tmp_path):
-    spec, shape, batch = SPECS[label], (48, 96), 16
+@pytest.mark.parametrize(
+    ("label", "batch"),
+    [(label, 16) for label in ("tcq-1.5", "tcq-2", "tcq-3.5", "tcq-5", "half-tcq-3.25", "nuq-3", "vq-2")]
+    + [(label, 4) for label in ("nuq-2", "nuq-3", "vq-1.5", "vq-2")],
+)
+def test_unit_vectors_pick_exact_weights(label, batch, rounding_gain, tmp_path):
+    spec, shape = SPECS[label], (48, 96)
     quantized = random_weight(spec, *shape, torch.device("cpu"))
     launch = launch_for(spec, *shape, batch, torch.float16, LIMITS, Tuning(4, rows=1, ring=2))
     kernel, units, found = Emulated(launch.source, tmp_path / "host"), torch.eye(shape[1]).half(), []

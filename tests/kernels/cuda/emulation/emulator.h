@@ -30,12 +30,20 @@ namespace emulator {
 enum State { RUNNING, AT_BARRIER, AT_EXCHANGE, DONE };
 constexpr size_t STACK_BYTES = 256 << 10;
 
+struct Copy {
+    unsigned offset;  // in shared memory
+    const void* from;
+    size_t bytes;
+};
+using CopyGroups = std::vector<std::vector<Copy>>;  // under way; the last one is still open
+
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(STACK_BYTES);
     State state = DONE;
     unsigned sent[2][6];  // of the last two exchanges: a lane that runs ahead doesn't overwrite what others still read
     int exchanges = 0;
+    CopyGroups copies;
 };
 
 inline std::vector<Fiber> fibers;
@@ -50,6 +58,17 @@ inline void yield(State state) {
 }
 
 inline void barrier() { yield(AT_BARRIER); }
+
+inline CopyGroups& copies() { return fibers[current].copies; }
+
+// All groups but the last `count` closed ones.
+inline void receive_copies(size_t count) {
+    CopyGroups& groups = copies();
+    while (groups.size() - 1 > count) {
+        for (const Copy& copy : groups.front()) std::memcpy(dynamic_shared + copy.offset, copy.from, copy.bytes);
+        groups.erase(groups.begin());
+    }
+}
 
 // Leaves words for the warp; afterwards `received(lane)` gives those of each lane.
 inline int exchange(std::initializer_list<unsigned> words) {
@@ -106,7 +125,7 @@ inline void run_block(unsigned threads) {
         fiber.context.uc_stack.ss_size = STACK_BYTES;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, start, 0);
-        fiber.state = RUNNING, fiber.exchanges = 0;
+        fiber.state = RUNNING, fiber.exchanges = 0, fiber.copies.assign(1, {});
     }
     while (!all_in(DONE, 0, threads)) {
         bool moved = false;

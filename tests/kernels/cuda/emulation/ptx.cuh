@@ -67,7 +67,13 @@ inline u32 permute(u32 first, u32 second, u32 selector) {
     for (int i = 0; i < 4; ++i) result |= (u32)(both >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
     return result;
 }
-inline u32 pick_bytes(u32 first, u32 second, u32 selector) { return permute(first, second, selector); }
+inline u32 pick_bytes(u32 first, u32 second, u32 selector) {
+    if (selector & 0x8888) {
+        std::fprintf(stderr, "pick_bytes: the selector %08x would repeat a sign\n", selector);
+        std::abort();
+    }
+    return permute(first, second, selector);
+}
 inline u32 shuffle(u32 value, int source_lane) {
     return emulator::received(emulator::exchange({value}), source_lane)[0];
 }
@@ -114,15 +120,21 @@ inline u32 load_global(const u32* pointer) { return *pointer; }
 inline void store_global(u32* pointer, u32 value) { *pointer = value; }
 inline u32 count_up(u32* counter) { return (*counter)++; }
 inline float exp2_fast(float power) { return std::exp2(power); }
-inline void copy_async(u32 offset, const void* from) { std::memcpy(dynamic_shared + offset, from, 16); }
-inline void copy_wait() {}
+// Copies arrive as late as they may: when the lane that asked for them waits.
+inline void copy_async(u32 offset, const void* from) { emulator::copies().back().push_back({offset, from, 16}); }
 template <int BYTES>
 inline void copy_async_if(u32 offset, const void* from, bool active) {
-    if (active) std::memcpy(dynamic_shared + offset, from, BYTES);
+    if (active) emulator::copies().back().push_back({offset, from, BYTES});
 }
-inline void end_copy_group() {}
+inline void end_copy_group() { emulator::copies().emplace_back(); }
 template <int COUNT>
-inline void wait_for_copy_groups() {}
+inline void wait_for_copy_groups() {
+    emulator::receive_copies(COUNT);
+}
+inline void copy_wait() {
+    end_copy_group();
+    emulator::receive_copies(0);
+}
 
 // PTX, "Matrix fragments for mma.m16n8k16" and "m16n8k32": lane 4 g + t holds rows g and g + 8 of the weights and column g of
 // the tokens. `dot` multiplies the numbers of two words and adds them to a sum.

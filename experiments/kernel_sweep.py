@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels.cuda.jit import Source
-from ..kernels.cuda.layout import pair_width, plane_bits
-from ..kernels.cuda.tuning import Launch, Limits, Tuning, launch_for, table_size
+from ..kernels.cuda.tuning import Launch, Limits, Tuning, lanes_share_tables, launch_for
 from ..kernels.cuda.tuning_choice import tune
 from ..kernels.specs import QuantizerSpec
 
@@ -61,7 +60,7 @@ PARTS = {"lookups": 1, "table": 2, "tokens": 4, "weights": 8, "adding": 16, "mem
 
 def tables(spec: QuantizerSpec) -> list[tuple[int, bool]]:
     """Copies of the table, and whether a trellis code's holds both signs; one choice where all lanes have their own."""
-    if not table_size(spec, 1, signed=False) or plane_bits(spec, pair_width(max(spec.rates))):
+    if not lanes_share_tables(spec):
         return [(32, True)]
     if spec.has_trellis:
         return [(32, True), (32, False), (16, True), (16, False), (8, False)]

@@ -28,6 +28,7 @@ __all__ = [
     "digits_of",
     "divide",
     "in_quads",
+    "lanes_share_tables",
     "launch_for",
     "most_units",
     "table_size",
@@ -144,6 +145,11 @@ def table_size(spec: QuantizerSpec, replicas: int, signed: bool) -> int:
     elif _looks_up_pairs(spec):
         entries = 1 << width
     return 4 * entries * replicas
+
+
+def lanes_share_tables(spec: QuantizerSpec) -> bool:
+    """Whether how many copies the table has is a choice: there is one, and not every lane has a copy anyway."""
+    return table_size(spec, 1, signed=False) < table_size(spec, 32, signed=False)
 
 
 @dataclass(frozen=True)

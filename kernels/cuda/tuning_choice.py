@@ -9,7 +9,7 @@ from functools import cache
 from ..specs import TILE, Family, QuantizerSpec
 from .layout import LARGEST_BYTE_CODE, UNIT_COLUMNS, in_nibbles, pair_width, plane_bits
 from .limits import Limits
-from .tuning import Division, Tuning, compiled_tokens, digits_of, divide, most_units
+from .tuning import Division, Tuning, compiled_tokens, digits_of, divide, lanes_share_tables, most_units, table_size
 
 
 @dataclass(frozen=True)
@@ -27,49 +27,29 @@ class _Loop:
     cost: float
 
 
-@dataclass(frozen=True)
-class _Loops:
-    """The loops that suit a kind of decoder.
-
-    Attributes:
-        by_tokens: those for up to so many tokens, ascending.
-        conflicts: whether lanes may share copies of its table.
-    """
-
-    by_tokens: dict[int, tuple[_Loop, ...]]
-    conflicts: bool = False
-
-    def of(self, tokens: int) -> tuple[_Loop, ...]:
-        """The loops for a number of tokens."""
-        return next(loops for most, loops in self.by_tokens.items() if tokens <= most)
-
-
-def _without_table(ring: int, one_row: float) -> _Loops:
+def _without_table(ring: int, one_row: float) -> dict[int, tuple[_Loop, ...]]:
     """Loops with `ring` steps in flight where a step is one unit, which costs `one_row`."""
     few = (_Loop(2, 2, 16, 1.0), _Loop(1, ring, 16, one_row), _Loop(2, 0, 16, 1.06), _Loop(1, 0, 16, 1.11))
-    return _Loops({4: few, 16: tuple(replace(loop, warps=8) for loop in few)})
-
-
-def _tables(*loops: _Loop) -> _Loops:
-    return _Loops({16: loops}, conflicts=True)
+    return {4: few, 16: tuple(replace(loop, warps=8) for loop in few)}
 
 
 # What follows is of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
-_LOOPS = {
+_LOOPS: dict[str, dict[int, tuple[_Loop, ...]]] = {
     "no table": _without_table(3, 1.03),
     "no table, 3 bits": _without_table(4, 0.97),
-    "bytes": _Loops(
-        {
-            4: (_Loop(2, 2, 12, 1.0), _Loop(1, 3, 12, 1.09), _Loop(2, 0, 16, 1.2), _Loop(1, 0, 16, 1.3)),
-            8: (_Loop(2, 0, 16, 1.0), _Loop(2, 2, 8, 1.15), _Loop(1, 3, 8, 1.2), _Loop(1, 0, 16, 1.15)),
-            16: (_Loop(2, 0, 16, 1.0), _Loop(1, 0, 16, 1.15)),
-        }
-    ),
-    "byte planes": _Loops({16: (_Loop(2, 0, 16, 1.0), _Loop(1, 3, 12, 1.05), _Loop(1, 0, 16, 1.15))}),
-    "tables": _tables(_Loop(2, 0, 16, 1.0), _Loop(1, 3, 16, 0.97), _Loop(1, 0, 16, 1.1)),
-    "trellis tables": _tables(_Loop(2, 0, 16, 1.0), _Loop(1, 0, 16, 1.0)),
+    "bytes": {
+        4: (_Loop(2, 2, 12, 1.0), _Loop(1, 3, 12, 1.09), _Loop(2, 0, 16, 1.2), _Loop(1, 0, 16, 1.3)),
+        8: (_Loop(2, 0, 16, 1.0), _Loop(2, 2, 8, 1.15), _Loop(1, 3, 8, 1.2), _Loop(1, 0, 16, 1.15)),
+        16: (_Loop(2, 0, 16, 1.0), _Loop(1, 0, 16, 1.15)),
+    },
+    "byte planes": {16: (_Loop(2, 0, 16, 1.0), _Loop(1, 3, 12, 1.05), _Loop(1, 0, 16, 1.15))},
+    "tables": {16: (_Loop(2, 0, 16, 1.0), _Loop(1, 3, 16, 0.97), _Loop(1, 0, 16, 1.1))},
+    "trellis tables": {16: (_Loop(2, 0, 16, 1.0), _Loop(1, 0, 16, 1.0))},
 }
-"""By kind of decoder. More steps in flight only delay each other; lookups leave shared memory little time for rings."""
+"""The loops that suit a kind of decoder, for up to so many tokens, ascending.
+
+More steps in flight only delay each other; lookups leave shared memory little time for rings.
+"""
 _UNIT_CYCLES = 40
 """To decode a unit: its 32 pairs, and the loads of their codes."""
 _TOKEN_CYCLES = 2
@@ -95,11 +75,9 @@ _STORE_BYTES = 128
 @cache
 def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, limits: Limits) -> Tuning | None:
     """The tuning that should be fastest of those that are tried; None where none of them fits."""
-    suited = _LOOPS[_kind(spec)]
     signs = (True, False) if spec.has_trellis and spec.table_bytes else (True,)
-    # without a table, or where every lane has a copy of its own anyway, there is nothing to choose
-    replicas = (32, 16, 8, 4, 1) if suited.conflicts else (32,)
-    loops = suited.of(compiled_tokens(batch))
+    replicas = (32, 16, 8, 4, 1) if lanes_share_tables(spec) else (32,)
+    loops = next(loops for most, loops in _LOOPS[_kind(spec)].items() if compiled_tokens(batch) <= most)
     shape = (spec, out_features, in_features, batch, limits)
     for splits, doublings in itertools.product(((1, 2, 3, 4, 6, 8), (12, 16, 24)), range(32)):
         if doublings and limits.multiprocessors << doublings > 2 * max(splits) * out_features // TILE:
@@ -129,9 +107,9 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 
 def _kind(spec: QuantizerSpec) -> str:
     """In `_LOOPS`."""
-    if in_nibbles(spec):
-        return "no table, 3 bits" if spec.bits == 3 else "no table"
-    if not spec.table_bytes:
+    if in_nibbles(spec) and spec.bits == 3:
+        return "no table, 3 bits"
+    if not table_size(spec, 1, signed=False):
         return "no table"
     if spec.has_trellis:
         return "trellis tables"

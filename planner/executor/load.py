@@ -87,14 +87,14 @@ def quantized_weights(quantization: QuantizationConfig, tensors: Mapping[str, Te
     weights = {}
     for name, layer in quantization.layers.items():
         prefix = f"{name}."
-        size = layer.out_features, layer.in_features
+        spec, size = quantization.spec(name), (layer.out_features, layer.in_features)
         own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         try:
-            weights[name] = from_tensors(quantization.spec(name), *size, layer.rotation_seed, own)
-            check_levels(quantization.spec(name), weights[name].codebook)
+            weights[name] = from_tensors(spec, *size, layer.rotation_seed, own)
+            check_levels(spec, weights[name].codebook)
         except QuantizerError as cause:
             raise CheckpointError(f"{name}: {cause} Apply the plan again.") from cause
-        unknown = sorted(own.keys() - tensor_shapes(quantization.spec(name), *size).keys() - {"bias"})
+        unknown = sorted(own.keys() - tensor_shapes(spec, *size).keys() - {"bias"})
         if unknown:
             raise CheckpointError(f"{name} has the unknown tensor {unknown[0]}; apply the plan again.")
     return weights

@@ -101,6 +101,12 @@ struct BytePlanes {
         }
         return gathered;
     }
+
+    // Where the table entry of a lane's code is, with entries 256 bytes apart and the lane's copy from byte `lane` on: one byte
+    // permutation makes the address.
+    static __device__ __forceinline__ u32 place(const u32 (&words)[WORDS], int code, u32 lane) {
+        return permute(octet(words, code / 4), lane, 0x5504 | code % 4 << 4);
+    }
 };
 
 // A pair of a codebook's weights, in fp16, by its code of WIDTH bits.
@@ -111,8 +117,8 @@ __device__ __forceinline__ u32 codebook_pair(const u16* codebook, int code) {
     return codebook[first] | static_cast<u32>(codebook[second]) << 16;
 }
 
-// vq from 5 to 8 bits a pair and nuq of 8: the table entry of a pair's code. A code is one byte of an octet, and entries are
-// 256 bytes apart, so one byte permutation makes an address. Every lane has its own copy: no bank conflicts.
+// vq from 5 to 8 bits a pair and nuq of 8: the table entry of a pair's code, which is one byte of an octet. Every lane has its
+// own copy: no bank conflicts.
 template <int WIDTH>
 struct ByteDecoder : HalfDecoder {
     static constexpr int ENTRIES = 1 << WIDTH, STRIDE = 256, ENTRY_BYTES = 128;
@@ -131,9 +137,7 @@ struct ByteDecoder : HalfDecoder {
     static __device__ __forceinline__ void decode(const Unit<WIDTH>& unit, Lane lane, Words& weights) {
 #pragma unroll
         for (int i = 0; i < BLOCK_PAIRS; ++i) {
-            int code = BLOCK * BLOCK_PAIRS + i;
-            u32 octet = BytePlanes<WIDTH, WIDTH>::octet(unit.words, code / 4);
-            weights[i] = lookup(permute(octet, lane, 0x5504 | code % 4 << 4));
+            weights[i] = lookup(BytePlanes<WIDTH, WIDTH>::place(unit.words, BLOCK * BLOCK_PAIRS + i, lane));
         }
     }
 };
@@ -154,9 +158,7 @@ struct QuadTable {
     // Where the entry of a block's quad is, for a lane whose copy begins at byte `lane`.
     template <int BLOCK>
     static __device__ __forceinline__ u32 place(const Unit<WIDTH>& unit, int quad, u32 lane) {
-        int code = BLOCK * BLOCK_QUADS + quad;
-        u32 octet = BytePlanes<BITS, WIDTH>::octet(unit.words, code / 4);
-        return permute(octet, lane, 0x5504 | code % 4 << 4);
+        return BytePlanes<BITS, WIDTH>::place(unit.words, BLOCK * BLOCK_QUADS + quad, lane);
     }
 
     static __device__ __forceinline__ void finish(Unit<WIDTH>&) {}
@@ -212,7 +214,9 @@ struct Nibbles {
     static constexpr u32 EVERY_NIBBLE = 0x11111111;
     static_assert(BITS == 2 || BITS == 3, "two codes of a nibble, or one and a bit of another");
 
-    static __device__ __forceinline__ Words4 load(const u16* codebook) {
+    using Asked = Words4;  // the codebook
+
+    static __device__ __forceinline__ Asked ask(const u16* codebook) {
         if constexpr (BITS == 3) return *reinterpret_cast<const Words4*>(codebook);
         Words2 levels = *reinterpret_cast<const Words2*>(codebook);
         return Words4{levels.x, levels.y, levels.x, levels.y};
@@ -247,10 +251,9 @@ struct Nibbles {
 
 template <int WIDTH>
 struct NibbleDecoder : QuadDecoder, Nibbles<WIDTH> {
-    using Asked = Words4;  // the codebook
-    using Lane = Words2;   // as bytes
-
-    static __device__ __forceinline__ Asked ask(const u16* codebook) { return Nibbles<WIDTH>::load(codebook); }
+    using typename Nibbles<WIDTH>::Asked;
+    using Nibbles<WIDTH>::ask;
+    using Lane = Words2;  // as bytes
 
     static __device__ __forceinline__ Lane lane(const Asked& codebook) {
         return Words2{bytes_of(codebook.x, codebook.y), bytes_of(codebook.z, codebook.w)};
@@ -267,10 +270,9 @@ struct NibbleDecoder : QuadDecoder, Nibbles<WIDTH> {
 // The same as fp16, for more tokens than digits pay for: the lower bytes of levels and the higher ones are picked apart.
 template <int WIDTH>
 struct NibbleHalfDecoder : HalfDecoder, Nibbles<WIDTH> {
-    using Asked = Words4;  // the codebook
-    using Lane = Words4;   // its lower bytes, then its higher ones
-
-    static __device__ __forceinline__ Asked ask(const u16* codebook) { return Nibbles<WIDTH>::load(codebook); }
+    using typename Nibbles<WIDTH>::Asked;
+    using Nibbles<WIDTH>::ask;
+    using Lane = Words4;  // its lower bytes, then its higher ones
 
     static __device__ __forceinline__ Lane lane(const Asked& codebook) {
         return Words4{

@@ -11,6 +11,8 @@ from ..errors import KernelError
 
 RESERVED_BYTES = 1024
 """Shared memory that the system takes of every block's."""
+_GRANULE_BYTES = 128
+"""In which shared memory is given out."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class Limits:
 
     multiprocessors: int
     shared_bytes: int
+
+    def bytes_for_at_most(self, blocks: int) -> int:
+        """Dynamic shared memory of a block with which no more than `blocks` of them fit a multiprocessor."""
+        return (self.shared_bytes + RESERVED_BYTES) // (blocks + 1) - RESERVED_BYTES + _GRANULE_BYTES
 
 
 def device_index(device: torch.device) -> int:

@@ -242,7 +242,11 @@ def launch_for(
     limits: Limits,
     tuning: Tuning,
 ) -> Launch | None:
-    """The launch of a shape; None where `tuning` does not fit the device."""
+    """The launch of a shape; None where `tuning` does not fit the device.
+
+    Shared memory is made large enough that a multiprocessor takes no more blocks than `tuning` means it to. Beside a
+    kernel that holds some multiprocessors, as a rotation does, others would else be given two blocks and some none.
+    """
     division = divide(spec, out_features, in_features, batch, limits, tuning)
     if division is None:
         return None
@@ -260,12 +264,13 @@ def launch_for(
         "BFLOAT": FORMATS[dtype],
         "SPLITS": tuning.splits,
     }
+    least_shared_bytes = limits.bytes_for_at_most(max(tuning.blocks, tuning.resident))
     return Launch(
         Source("decode.cu", "multiply", macros),
         division.chunk_blocks * tuning.splits,
         32 * tuning.warps,
         division.chunk_blocks,
-        division.shared_bytes,
+        max(division.shared_bytes, least_shared_bytes),
         division.block_tiles,
         (tuning.splits - 1) * division.row_tiles * tokens * TILE,
     )

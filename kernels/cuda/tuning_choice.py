@@ -27,16 +27,20 @@ class _Loop:
     cost: float
 
 
-def _without_table(ring: int, one_row: float) -> dict[int, tuple[_Loop, ...]]:
-    """Loops with `ring` steps in flight where a step is one unit, which costs `one_row`."""
-    few = (_Loop(2, 2, 16, 1.0), _Loop(1, ring, 16, one_row), _Loop(2, 0, 16, 1.06), _Loop(1, 0, 16, 1.11))
-    return {4: few, 16: tuple(replace(loop, warps=8) for loop in few)}
+def _without_table(one_row: _Loop, few_warps: _Loop) -> dict[int, tuple[_Loop, ...]]:
+    """Loops where a step is one unit, with many warps and with few, beside those that all have in common.
+
+    Few warps take longer for a unit, but less of them wait for the first one.
+    """
+    loops = (_Loop(2, 2, 16, 1.0), one_row, _Loop(2, 0, 16, 1.06), _Loop(1, 0, 16, 1.11))
+    return {4: (*loops, few_warps), 16: tuple(replace(loop, warps=8) for loop in loops)}
 
 
 # What follows is of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
 _LOOPS: dict[str, dict[int, tuple[_Loop, ...]]] = {
-    "no table": _without_table(3, 1.03),
-    "no table, 3 bits": _without_table(4, 0.97),
+    "no table": _without_table(_Loop(1, 3, 16, 1.03), _Loop(1, 4, 8, 1.09)),
+    "no table, 2 bits": _without_table(_Loop(1, 3, 16, 1.03), _Loop(1, 6, 8, 1.09)),
+    "no table, 3 bits": _without_table(_Loop(1, 4, 16, 0.97), _Loop(1, 4, 8, 1.02)),
     "bytes": {
         4: (_Loop(2, 2, 12, 1.0), _Loop(1, 3, 12, 1.09), _Loop(2, 0, 16, 1.2), _Loop(1, 0, 16, 1.3)),
         8: (_Loop(2, 0, 16, 1.0), _Loop(2, 2, 8, 1.15), _Loop(1, 3, 8, 1.2), _Loop(1, 0, 16, 1.15)),
@@ -107,8 +111,8 @@ def tune(spec: QuantizerSpec, out_features: int, in_features: int, batch: int, l
 
 def _kind(spec: QuantizerSpec) -> str:
     """In `_LOOPS`."""
-    if in_nibbles(spec) and spec.bits == 3:
-        return "no table, 3 bits"
+    if in_nibbles(spec):
+        return f"no table, {spec.bits:g} bits"
     if not table_size(spec, 1, signed=False):
         return "no table"
     if spec.has_trellis:

@@ -370,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
 
     u32 lane_place = lane_index() / 4 * token_stride + lane_index() % 4 * TOKEN_LANE;
     u64 tiles_before = first_tile;
-    u32 ring = RING_OFFSET + warp * RING_BYTES;
+    u32 ring = RING_OFFSET + threadIdx.x / 32 * RING_BYTES;  // not by `warp`, whose lanes agree: see Stream::begin
     if (HIGH_WARPS == 0 || warp < LOW_WARPS) {
         Share share = share_of<LOW_COLUMNS>(warp, low, tiles);
         int column = warp % LOW_COLUMNS;

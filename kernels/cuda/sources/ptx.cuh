@@ -258,18 +258,22 @@ __device__ __forceinline__ void copy_async(u32 offset, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16;" ::"r"(offset), "n"(SHARED_BASE), "l"(from) : "memory");
 }
 
-// The same for BYTES (4, 8 or 16), where `active`; elsewhere nothing is written. Without the hint of `load_once_if`: NVRTC 13.0
-// makes an illegal instruction of it where the offset is partly the same for all lanes.
+// The same for BYTES (4, 8 or 16), where `active`, with the hint of `load_once_if`; elsewhere nothing is written. Of an offset
+// that is partly the same for all lanes NVRTC 13.0 makes an illegal instruction here: it must not see that (Stream::begin).
 template <int BYTES>
 __device__ __forceinline__ void copy_async_if(u32 offset, const void* from, bool active) {
     if constexpr (BYTES == 16) {
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global [%0 + %1], [%2], 16; }" ::"r"(offset),
-                     "n"(SHARED_BASE), "l"(from), "r"(static_cast<u32>(active))
-                     : "memory");
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global.L2::cache_hint [%0 + %1], [%2], 16, %4; }" ::"r"(
+                offset),
+            "n"(SHARED_BASE), "l"(from), "r"(static_cast<u32>(active)), "l"(first_to_evict())
+            : "memory");
     } else {
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.ca.shared.global [%0 + %1], [%2], %4; }" ::"r"(offset),
-                     "n"(SHARED_BASE), "l"(from), "r"(static_cast<u32>(active)), "n"(BYTES)
-                     : "memory");
+        asm volatile(
+            "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.ca.shared.global.L2::cache_hint [%0 + %1], [%2], %4, %5; }" ::"r"(
+                offset),
+            "n"(SHARED_BASE), "l"(from), "r"(static_cast<u32>(active)), "n"(BYTES), "l"(first_to_evict())
+            : "memory");
     }
 }
 

@@ -31,10 +31,10 @@ struct Stream {
     u32 zero;         // hidden
     int columns;      // steps of the warp's columns, in each of the rows,
     int column_left;  // and from `next` to their end
-    u32 ring, slot;   // in shared memory: the ring, and its step that is read next
+    u32 ring, slot;   // in shared memory, at this lane's place: the ring, and its step that is read next
 
     // `packed`: the block's first row of tiles, of `stride_units` units; `chunk`: where the block's columns begin there;
-    // `own_ring`: the warp's.
+    // `own_ring`: the warp's; the compiler mustn't see that its lanes agree (copy_async_if).
     __device__ __forceinline__ void begin(
         const u8* packed, int stride_units, int chunk, const Share& share, u32 own_ring) {
         columns = column_left = share.units;
@@ -43,7 +43,7 @@ struct Stream {
         bytes_left = columns == 0 ? 0 : share.tiles * row_bytes - before;
         next = packed + (before + lane_index() * Unit<WIDTH>::LANE_BYTES);
         if constexpr (RING > 0) {
-            ring = slot = own_ring;
+            ring = slot = own_ring + lane_index() * Unit<WIDTH>::LANE_BYTES;
             ask(ring);
         } else {
             zero = hidden(0);

@@ -65,30 +65,29 @@ struct Unit {
         }
     }
 
-    // The same to shared memory, asynchronously: a unit's bytes lie from `to` on as they lie in global memory.
+    // The same to shared memory, asynchronously, where a unit's bytes lie as in global memory. `to`: of a lane's first piece.
     static __device__ __forceinline__ void copy(u32 to, const u8* place, bool active) {
         int lane = lane_index();
-        u32 own = to + LANE_BYTES * lane;
 #pragma unroll
-        for (int piece = 0; piece < WIDTH / 4; ++piece) copy_async_if<16>(own + 512 * piece, place + 512 * piece, active);
-        if constexpr ((WIDTH & 2) != 0) copy_async_if<8>(own - TO_TWO * lane + TWOS, place - TO_TWO * lane + TWOS, active);
-        if constexpr ((WIDTH & 1) != 0) copy_async_if<4>(own - TO_ONE * lane + ONES, place - TO_ONE * lane + ONES, active);
+        for (int piece = 0; piece < WIDTH / 4; ++piece) copy_async_if<16>(to + 512 * piece, place + 512 * piece, active);
+        if constexpr ((WIDTH & 2) != 0) copy_async_if<8>(to - TO_TWO * lane + TWOS, place - TO_TWO * lane + TWOS, active);
+        if constexpr ((WIDTH & 1) != 0) copy_async_if<4>(to - TO_ONE * lane + ONES, place - TO_ONE * lane + ONES, active);
     }
 
-    // A lane's words of a unit that lies from `from` on.
+    // A lane's words from shared memory. `from`: of its first piece.
     __device__ __forceinline__ void read(u32 from) {
         int lane = lane_index();
 #pragma unroll
         for (int piece = 0; piece < WIDTH / 4; ++piece) {
-            Words4 four = load_shared_four(from + 512 * piece + 16 * lane);
+            Words4 four = load_shared_four(from + 512 * piece);
             u32* to = words + 4 * piece;
             to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
         }
         if constexpr ((WIDTH & 2) != 0) {
-            Words2 two = load_shared_two(from + TWOS + 8 * lane);
+            Words2 two = load_shared_two(from - TO_TWO * lane + TWOS);
             words[WIDTH / 4 * 4] = two.x, words[WIDTH / 4 * 4 + 1] = two.y;
         }
-        if constexpr ((WIDTH & 1) != 0) words[WIDTH - 1] = load_shared_word(from + ONES + 4 * lane);
+        if constexpr ((WIDTH & 1) != 0) words[WIDTH - 1] = load_shared_word(from - TO_ONE * lane + ONES);
     }
 };
 

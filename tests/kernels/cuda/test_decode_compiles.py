@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import struct
+
 import pytest
 import torch
 from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
@@ -17,6 +20,7 @@ LIMITS = Limits(multiprocessors=84, shared_bytes=99 << 10)  # of a consumer card
 CASES = [
     ("int-4", 1, torch.float16, None),
     ("int-8", 8, torch.bfloat16, Tuning(8, splits=2)),
+    ("nuq-2", 1, torch.float16, None),
     ("nuq-3", 1, torch.float16, None),
     ("nuq-3", 8, torch.bfloat16, None),  # of halves
     ("nuq-7", 4, torch.bfloat16, None),
@@ -32,6 +36,15 @@ CASES = [
 ]
 
 
+def instructions(cubin):
+    """The first halves of a compiled file's instructions, of 16 bytes each."""
+    headers, size, count = (*struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<2H", cubin, 58))
+    for n in range(count):
+        flags, _, start, length = struct.unpack_from("<4Q", cubin, headers + n * size + 8)
+        if flags & 4:  # machine code
+            yield from (word for word, _ in struct.iter_unpack("<2Q", cubin[start : start + length]))
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("label", "batch", "dtype", "tuning"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
 def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
@@ -40,7 +53,19 @@ def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
     launch = launch_for(SPECS[label], 4096, 4096, batch, dtype, LIMITS, chosen)
     assert launch is not None
     assert launch.shared_bytes <= LIMITS.shared_bytes
-    assert compile_source(launch.source, arch)[:4] == b"\x7fELF"
+    opcodes = {word & 0xFFF for word in instructions(compile_source(launch.source, arch))}
+    assert 0xFAE in opcodes  # LDGSTS, what becomes of cp.async
+    assert 0xDAE not in opcodes  # of an address that is partly uniform: with a cache hint it is no valid instruction
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+def test_a_multiprocessor_takes_as_many_blocks_as_meant_and_no_more(shared_kib, blocks):
+    limits = Limits(108, shared_kib << 10)
+    for label, tuning in itertools.product(("int-4", "nuq-3"), (Tuning(4, blocks=blocks), Tuning(4, resident=blocks))):
+        launch = launch_for(SPECS[label], 4096, 1024, 1, torch.float16, limits, tuning)
+        taken = -(-(launch.shared_bytes + 1024) // 128) * 128  # in granules, with what the system takes
+        assert (shared_kib + 1) * 1024 // taken == blocks, label
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -46,6 +46,9 @@ READS = [
 ]
 _QUICK = "nuq-[234],vq-[234],int-[234],tcq-[234],tcq-3.5,half-tcq-[23].25,tcq-3-hyb"
 _WARM_SECONDS = 0.02
+"""Of launches before those of a row that are timed."""
+_SETTLING_SECONDS = 1.0
+"""The same, for each of `READS`, before the first row: an idle device is up to 8% slower at small launches."""
 _SWEPT = ("nuq-2", "nuq-3", "nuq-4", "tcq-2", "tcq-3", "tcq-4", "tcq-3-hyb")
 
 
@@ -102,7 +105,9 @@ class Table:
         self.rows.append(row)
 
 
-def time_read(pool: Pool, size_bytes: int, programmatic: bool) -> tuple[float, float]:
+def time_read(
+    pool: Pool, size_bytes: int, programmatic: bool, warm_seconds: float = _WARM_SECONDS
+) -> tuple[float, float]:
     """The floor: the best of a few plain reads of as many bytes."""
     device = pool.device
     out = torch.zeros(4, dtype=torch.int32, device=device)
@@ -115,7 +120,7 @@ def time_read(pool: Pool, size_bytes: int, programmatic: bool) -> tuple[float, f
         def call(part: Tensor, kernel: Kernel = kernel, grid: int = grid, threads: int = threads) -> None:
             kernel.launch(grid, threads, (part, out, size_bytes // 16), programmatic=programmatic)
 
-        best = min(best, time_launches([partial(call, part) for part in parts], warm_seconds=_WARM_SECONDS))
+        best = min(best, time_launches([partial(call, part) for part in parts], warm_seconds=warm_seconds))
     return best
 
 
@@ -216,6 +221,7 @@ def measure(arguments: argparse.Namespace, planned: list[Case], bits: list[float
     print(f"checks took {time.perf_counter() - begun:.1f} s", flush=True)
     pool = Pool(device, _POOL_BYTES)
     table = Table(arguments.out, environment(device, arguments.commit))
+    time_read(pool, 1 << 24, False, _SETTLING_SECONDS)
     for rate, programmatic, shape in itertools.product(bits, (False, True), SHAPES):
         size_bytes = int(SHAPES[shape][0] * SHAPES[shape][1] * rate / 8)
         table.add(

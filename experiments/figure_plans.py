@@ -3,13 +3,15 @@
     python -m msq.experiments.figure_plans --profile joined --out plans --memory 3.25bpw --uniform nuq-3,half-tcq-3.25
 
 Every uniform scheme is planned on its fastest kernels and fusions. The mixed plans, without and with fusion, stay
-within `--memory` and take the least latency at which their predicted loss is no higher than that of the best uniform
-scheme (to a thousandth of the latency, by bisection). Files: a plan for each row, and `plans.csv` with their promises.
+within `--memory` and take the least latency at which their predicted loss is no higher than that of the best scheme
+of `--uniform` (to a thousandth of the latency, by bisection); what is `--beside` them is planned as well. Files: a plan
+for each row, and `plans.csv` with their promises.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..planner.budget import parse_budgets
@@ -62,10 +64,13 @@ def fastest_plan(profile: Profile, memory: str, loss: float, batch_size: int, *,
     return best
 
 
-def figure_plans(profile: Profile, memory: str, uniform: list[str], batch_size: int) -> dict[str, Plan]:
-    """Every row's plan by name."""
+def figure_plans(
+    profile: Profile, memory: str, uniform: list[str], batch_size: int, beside: Sequence[str] = ()
+) -> dict[str, Plan]:
+    """Every row's plan by name; the mixed ones are as good as the best of `uniform`, whatever is `beside` it."""
     plans = {label: uniform_plan(profile, label) for label in uniform}
     loss = min(plan.promised.loss for plan in plans.values())
+    plans |= {label: uniform_plan(profile, label) for label in beside}
     plans["msq without fusion"] = fastest_plan(profile, memory, loss, batch_size, fusion=False)
     plans["msq"] = fastest_plan(profile, memory, loss, batch_size, fusion=True)
     return plans
@@ -77,10 +82,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for the plans")
     parser.add_argument("--memory", default="3.25bpw", help="budget of the mixed plans")
     parser.add_argument("--uniform", default="nuq-3,half-tcq-3.25", help="quantizers of the uniform rows")
+    parser.add_argument("--beside", default="", help="further uniform rows, which no mixed plan is compared with")
     parser.add_argument("--batch-size", type=int, default=1)
     arguments = parser.parse_args()
     profile = load_profile(arguments.profile)
-    plans = figure_plans(profile, arguments.memory, arguments.uniform.split(","), arguments.batch_size)
+    beside = [label for label in arguments.beside.split(",") if label]
+    plans = figure_plans(profile, arguments.memory, arguments.uniform.split(","), arguments.batch_size, beside)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for name, plan in plans.items():

@@ -23,6 +23,14 @@ def test_mixed_plans_are_as_good_as_the_best_uniform_scheme_and_hardly_any_faste
     assert mixed.promised.latency_us[1] <= single.promised.latency_us[1]
 
 
+def test_what_stands_beside_the_uniform_schemes_changes_no_mixed_plan(profile):
+    alone = figure_plans(profile, "3.6bpw", ["tcq-2"], 1)
+    more = figure_plans(profile, "3.6bpw", ["tcq-2"], 1, beside=["vq-3"])
+    assert set(more) - set(alone) == {"vq-3"}
+    assert more["vq-3"].promised.loss < more["tcq-2"].promised.loss
+    assert all(more[name].promised == alone[name].promised for name in alone)
+
+
 def test_what_cannot_be_planned_is_one_sentence(profile):
     with pytest.raises(ProfileError, match="no quantizer 'nuq-9'; near matches: nuq"):
         figure_plans(profile, "3bpw", ["nuq-9"], 1)

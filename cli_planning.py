@@ -182,11 +182,13 @@ def frontier(
     quantizers: Quantizers = None,
     implementations: Implementations = None,
     fusion: Fusion = True,
+    constraint: Constraints = None,
     time_limit: TimeLimit = 60.0,
     json_output: Json = False,
 ) -> None:
     """Every break point of least loss against memory or latency, beside uniform schemes and the ideal."""
     from .experiments.charts import frontier_chart
+    from .planner.constraints import parse_constraints
     from .planner.errors import PlanError
     from .planner.frontier import frontier_table
     from .profiles.files import write_atomic
@@ -202,6 +204,7 @@ def frontier(
         quantizers=quantizers,
         implementations=split_names(implementations),
         fusion=fusion,
+        constraints=parse_constraints(constraint or ()),
         time_limit=time_limit,
     )
     for label in table.loc[table["series"] == "feasible", "label"]:

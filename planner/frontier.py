@@ -6,8 +6,8 @@ The series of the table:
 - ``exact``: plans at chosen budgets, proven optimal, which may lie between break points;
 - ``feasible``: plans at chosen budgets that the time limit left unproven;
 - ``uniform``: one quantizer everywhere, with the kernels and fusions that use least of the resource;
-- ``ideal``: Theorem 3.1 of Q-Palette, ideal Gaussian quantizers at water-filling rates, tables and scales left out
-  (memory only);
+- ``ideal``: Theorem 3.1 of Q-Palette, ideal Gaussian quantizers at water-filling rates, tables, scales and side
+  constraints left out (memory only);
 - ``plan``: plans made before, as they promise.
 """
 
@@ -27,14 +27,16 @@ from ..solvers.registry import get_solver
 from ..solvers.solution import Status
 from ..solvers.water_filling import ideal_curve
 from .budget import Budget, parse_budget
-from .constraints import constrain
+from .constraints import Constrained, Constraint, constrain
 from .errors import PlanError
 from .infeasible import no_plan
 from .plan import Plan
-from .problem_builder import BuiltProblem, build_problem
+from .problem_builder import build_problem
 
 _UNBOUNDED = {"memory": "memory=1e18B", "latency": "latency=1e12s"}
 """Budgets that cap nothing: the frontier has every cap on it."""
+_TIES = ("same", "distinct", "device")
+"""Side constraints that no price of one resource settles layer by layer."""
 
 
 def frontier_table(
@@ -47,6 +49,7 @@ def frontier_table(
     quantizers: str | None = None,
     implementations: tuple[str, ...] | None = None,
     fusion: bool = True,
+    constraints: Sequence[Constraint] = (),
     time_limit: float = 60.0,
 ) -> pd.DataFrame:
     """The series of the module.
@@ -57,6 +60,7 @@ def frontier_table(
         at: amounts such as ``3.25bpw`` or ``200tps``, at which the best plans are wanted.
         plans: plans by label.
         quantizers, implementations, fusion: see `build_problem`.
+        constraints: that say which quantizers layers may take (pin, ban, min-bits, max-bits).
         time_limit: seconds for each plan at a budget.
 
     Returns:
@@ -65,7 +69,8 @@ def frontier_table(
         on the way to a break point (none for the first).
 
     Raises:
-        PlanError: an unknown resource, a batch size that was not measured, or input that `build_problem` refuses.
+        PlanError: an unknown resource, a batch size that was not measured, a constraint of another kind, or input that
+            `build_problem` or `constrain` refuses.
         InfeasibleBudgetError: an amount is out of reach.
     """
     if resource not in _UNBOUNDED:
@@ -76,19 +81,26 @@ def frontier_table(
             f"a frontier of latency at batch size {batch_size} needs a profile that measured it; this one measured "
             + (f"batch size {sizes}." if sizes else "no latency.")
         )
+    for constraint in constraints:
+        if constraint.kind in _TIES:
+            raise PlanError(
+                f'"{constraint.text}": a frontier takes pin, ban, min-bits and max-bits; plan at single budgets with '
+                "`msq plan`, which takes all constraints."
+            )
     suffix = f"@{batch_size}" if resource == "latency" else ""
     selection = {"quantizers": quantizers, "implementations": implementations, "fusion": fusion}
     built = build_problem(profile, [parse_budget(_UNBOUNDED[resource] + suffix)], **selection)  # type: ignore[arg-type]
+    constrained = constrain(built, constraints)
     budgets = [parse_budget(f"{resource}={amount}{suffix}") for amount in at]
     try:
-        points = frontier(built.problem, 0)
+        points = frontier(constrained.problem, 0)
         series = [
             pd.DataFrame({"series": "frontier", "use": points.usage, "loss": points.loss, "price": points.price}),
-            *(_best(built, budget, points, time_limit) for budget in budgets),
-            _uniform(built),
+            *(_best(constrained, budget, points, time_limit) for budget in budgets),
+            _uniform(constrained),
         ]
         if resource == "memory":
-            use, loss = ideal_curve(built.problem)
+            use, loss = ideal_curve(constrained.problem)
             reached = (use >= points.usage[0]) & (use <= points.usage[-1])
             series.append(pd.DataFrame({"series": "ideal", "use": use[reached], "loss": loss[reached]}))
     except SolverError as cause:
@@ -110,29 +122,30 @@ def _spelled(table: pd.DataFrame, resource: str, batch_size: int, weights: int) 
     return table.rename(columns={"use": use})
 
 
-def _best(built: BuiltProblem, budget: Budget, points: Frontier, time_limit: float) -> pd.DataFrame:
+def _best(constrained: Constrained, budget: Budget, points: Frontier, time_limit: float) -> pd.DataFrame:
     """The best plan at a budget that time allows, started from the break point below it."""
-    resolved = budget.resolve(int(built.profile.layer_weights.sum()))
+    resolved = budget.resolve(int(constrained.built.profile.layer_weights.sum()))
     if resolved.cap is None:
         raise PlanError(f'the budget "{budget.text}" has no cap; report this.')
-    capped = replace(built, problem=replace(built.problem, caps=np.array([resolved.cap])), budgets=(resolved,))
+    problem = replace(constrained.problem, caps=np.array([resolved.cap]))
     below = int(np.searchsorted(points.usage, resolved.cap, side="right")) - 1
     warm = points.columns(below) if below >= 0 else None
-    solution = get_solver("exact").solve(capped.problem, time_limit=time_limit, rel_gap=1e-9, warm_start=warm)
+    solution = get_solver("exact").solve(problem, time_limit=time_limit, rel_gap=1e-9, warm_start=warm)
     if solution.columns is None:
-        raise no_plan(constrain(capped, ()), solution, time_limit)
-    use = float(built.problem.base[0] + built.problem.usage[0, solution.columns].sum())
+        capped = replace(constrained, built=replace(constrained.built, budgets=(resolved,)), problem=problem)
+        raise no_plan(capped, solution, time_limit)
+    use = float(problem.base[0] + problem.usage[0, solution.columns].sum())
     series = "exact" if solution.status is Status.OPTIMAL else "feasible"
     row = {"series": series, "label": budget.text, "use": use, "loss": solution.objective}
     return pd.DataFrame([row | {"lower_bound": solution.lower_bound}])
 
 
-def _uniform(built: BuiltProblem) -> pd.DataFrame:
+def _uniform(constrained: Constrained) -> pd.DataFrame:
     """Every quantizer that can run all layers alone."""
-    problem: Problem = built.problem
+    problem: Problem = constrained.problem
     prohibitive = float(problem.usage[0].sum()) + 1.0
     rows = []
-    for choice, label in enumerate(built.labels):
+    for choice, label in enumerate(constrained.built.labels):
         own = problem.choice == choice
         use, columns = problem.structure.evaluate(np.where(own, problem.usage[0], prohibitive))
         if own[columns].all():

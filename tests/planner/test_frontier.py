@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from msq.planner import frontier as module
 from msq.planner.budget import parse_budgets
+from msq.planner.constraints import parse_constraints
 from msq.planner.errors import InfeasibleBudgetError, PlanError
 from msq.planner.frontier import frontier_table
 from msq.planner.solve import find_plan
@@ -48,6 +49,32 @@ def test_proven_points_are_plans_of_exact(profile) -> None:
         assert row.loss == pytest.approx(plan.promised.loss, rel=1e-9)
         assert row.lower_bound == pytest.approx(row.loss, rel=1e-8)
         assert row.memory_bytes <= plan.budgets[0].cap
+
+
+@pytest.mark.parametrize("resource", ["memory", "latency"])
+def test_constraints_on_quantizers_hold_for_every_series(profile, resource) -> None:
+    constraints = parse_constraints(["min-bits:down_proj=3", "ban:o_proj=nuq-*"])
+    amount = "3.25bpw" if resource == "memory" else "100000us"
+    table = frontier_table(profile, resource, at=[amount], constraints=constraints)
+    (exact,) = series(table, "exact").itertuples(index=False)
+    budget = parse_budgets([f"{resource}={amount}"])
+    plan = find_plan(profile, budget, constraints=constraints, rel_gap=1e-9).plan
+    assert exact.loss == pytest.approx(plan.promised.loss, rel=1e-8)
+    bits = profile.quantizers.set_index("quantizer")["bits_per_weight"]
+    allowed = {label for label in profile.labels if bits[label] >= 3 and not label.startswith("nuq-")}
+    assert set(series(table, "uniform")["label"]) == allowed
+    free, bound = (series(found, "frontier") for found in (frontier_table(profile, resource), table))
+    use = table.columns[2]
+    assert bound[use].iloc[0] > free[use].iloc[0]
+    assert (bound["loss"] >= np.interp(bound[use], free[use], free["loss"]) * (1 - 1e-9)).all()
+
+
+def test_constraints_that_tie_layers_are_refused_for_a_frontier(profile) -> None:
+    for text in ("same:q_proj|k_proj", "distinct=2", "device:down_proj=1GiB"):
+        with pytest.raises(PlanError, match="a frontier takes pin, ban, min-bits and max-bits"):
+            frontier_table(profile, "memory", constraints=parse_constraints([text]))
+    with pytest.raises(InfeasibleBudgetError, match="can't be met under the side constraints"):
+        frontier_table(profile, "memory", at=["2bpw"], constraints=parse_constraints(["min-bits:.=3"]))
 
 
 @pytest.mark.parametrize("bound", [0.0, -np.inf])

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from ..kernels.cuda.decode import KERNEL_CODES, kernel_arguments, new_workspace
 from ..kernels.cuda.jit import Kernel, Source, device_arch, load
+from ..kernels.cuda.limits import device_limits
 from ..kernels.cuda.precompile import compile_all
-from ..kernels.cuda.tuning import Tuning, device_limits
+from ..kernels.cuda.tuning import Tuning
 from ..kernels.specs import DEFAULT_STATE_BITS, QuantizerSpec
 from ..profiles.device import driver_version
 from ..profiles.kernel_timing import Pool, time_launches

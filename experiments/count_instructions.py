@@ -28,7 +28,8 @@ from pathlib import Path
 import torch
 
 from ..kernels.cuda.jit import compile_cubin
-from ..kernels.cuda.tuning import Limits, in_quads, launch_for
+from ..kernels.cuda.limits import Limits
+from ..kernels.cuda.tuning import in_quads, launch_for
 from ..kernels.cuda.tuning_choice import tune
 from ..kernels.mad import mad_code
 from ..kernels.specs import QuantizerSpec, TrellisCode

@@ -14,7 +14,8 @@ from ..kernels.cuda.dequantize import dequantize
 from ..kernels.cuda.dequantize import source as dequantize_source
 from ..kernels.cuda.jit import Source
 from ..kernels.cuda.layout import prepare
-from ..kernels.cuda.tuning import Limits, Tuning, device_limits, launch_for
+from ..kernels.cuda.limits import Limits, device_limits
+from ..kernels.cuda.tuning import Tuning, launch_for
 from ..kernels.cuda.tuning_choice import tune
 from ..kernels.quantize import QuantizedWeight, decode, from_tensors, tensor_shapes
 from ..kernels.specs import QuantizerSpec, default_palette, every_quantizer

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels.cuda.jit import Source
-from ..kernels.cuda.tuning import Launch, Limits, Tuning, lanes_share_tables, launch_for
+from ..kernels.cuda.limits import Limits
+from ..kernels.cuda.tuning import Launch, Tuning, lanes_share_tables, launch_for
 from ..kernels.cuda.tuning_choice import tune
 from ..kernels.specs import QuantizerSpec
 

@@ -19,7 +19,8 @@ from ..kernels.codebooks import codebook
 from ..kernels.cuda.decode import MAX_BATCH
 from ..kernels.cuda.jit import Source
 from ..kernels.cuda.layout import UNIT_COLUMNS, PreparedWeight, pair_width
-from ..kernels.cuda.tuning import Limits, launch_for
+from ..kernels.cuda.limits import Limits
+from ..kernels.cuda.tuning import launch_for
 from ..kernels.cuda.tuning_choice import tune
 from ..kernels.specs import TILE, QuantizerSpec
 

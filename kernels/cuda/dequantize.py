@@ -9,7 +9,8 @@ from ..errors import KernelError
 from ..specs import TILE, QuantizerSpec
 from .jit import Source, load
 from .layout import PreparedWeight
-from .tuning import FORMATS, decoder_macros, device_limits, table_size
+from .limits import device_limits
+from .tuning import FORMATS, decoder_macros, table_size
 
 _WARPS = 8
 _BLOCKS_PER_MULTIPROCESSOR = 4

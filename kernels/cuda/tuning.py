@@ -14,25 +14,7 @@ from ..mad import mad_code
 from ..specs import BYTE_LEVEL_BITS, TILE, Family, QuantizerSpec, TrellisCode
 from .jit import Source
 from .layout import UNIT_COLUMNS, in_nibbles, pair_width, plane_bits
-from .limits import RESERVED_BYTES, Limits, device_limits
-
-__all__ = [
-    "FORMATS",
-    "Division",
-    "Launch",
-    "Limits",
-    "Tuning",
-    "compiled_tokens",
-    "decoder_macros",
-    "device_limits",
-    "digits_of",
-    "divide",
-    "in_quads",
-    "lanes_share_tables",
-    "launch_for",
-    "most_units",
-    "table_size",
-]
+from .limits import RESERVED_BYTES, Limits
 
 FORMATS = {torch.float16: 0, torch.bfloat16: 1}
 _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.HALF_TCQ: 3}

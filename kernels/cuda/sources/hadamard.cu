@@ -14,8 +14,8 @@
 // of lanes that do so take every WAYS-th i. Their partial sums meet in shared memory in a fixed order; then one warp
 // transforms one j. Only partial sums go through shared memory, at the price that every block reads the row.
 //
-// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, OUT_SIGNS, NORM, ADD, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is divided);
-// IN and OUT: formats, 0 fp16, 1 bf16, 2 fp32.
+// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, OUT_SIGNS, NORM, ADD, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is
+// divided); IN and OUT: formats, 0 fp16, 1 bf16, 2 fp32.
 #include "rows.cuh"
 
 constexpr int WARPS = WARPS_K * WARPS_J;

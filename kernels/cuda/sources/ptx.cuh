@@ -262,17 +262,18 @@ __device__ __forceinline__ void copy_async(u32 offset, const void* from) {
 // that is partly the same for all lanes NVRTC 13.0 makes an illegal instruction here: it must not see that (Stream::begin).
 template <int BYTES>
 __device__ __forceinline__ void copy_async_if(u32 offset, const void* from, bool active) {
+    u32 wanted = active;
     if constexpr (BYTES == 16) {
         asm volatile(
-            "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.cg.shared.global.L2::cache_hint [%0 + %1], [%2], 16, %4; }" ::"r"(
-                offset),
-            "n"(SHARED_BASE), "l"(from), "r"(static_cast<u32>(active)), "l"(first_to_evict())
+            "{ .reg .pred p; setp.ne.b32 p, %3, 0; "
+            "@p cp.async.cg.shared.global.L2::cache_hint [%0 + %1], [%2], 16, %4; }"
+            ::"r"(offset), "n"(SHARED_BASE), "l"(from), "r"(wanted), "l"(first_to_evict())
             : "memory");
     } else {
         asm volatile(
-            "{ .reg .pred p; setp.ne.b32 p, %3, 0; @p cp.async.ca.shared.global.L2::cache_hint [%0 + %1], [%2], %4, %5; }" ::"r"(
-                offset),
-            "n"(SHARED_BASE), "l"(from), "r"(static_cast<u32>(active)), "n"(BYTES), "l"(first_to_evict())
+            "{ .reg .pred p; setp.ne.b32 p, %3, 0; "
+            "@p cp.async.ca.shared.global.L2::cache_hint [%0 + %1], [%2], %4, %5; }"
+            ::"r"(offset), "n"(SHARED_BASE), "l"(from), "r"(wanted), "n"(BYTES), "l"(first_to_evict())
             : "memory");
     }
 }

@@ -9,7 +9,8 @@ import pytest
 import torch
 from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
 from msq.kernels.cuda.dequantize import source as dequantize_source
-from msq.kernels.cuda.tuning import Limits, Tuning, launch_for
+from msq.kernels.cuda.limits import Limits
+from msq.kernels.cuda.tuning import Tuning, launch_for
 from msq.kernels.cuda.tuning_choice import tune
 from msq.kernels.specs import DEFAULT_STATE_BITS, every_quantizer
 from msq.profiles.options import parse_palette

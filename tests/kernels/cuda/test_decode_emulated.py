@@ -8,7 +8,8 @@ from msq.experiments.kernel_checks import LARGEST_ERROR, random_weight
 from msq.kernels import mad
 from msq.kernels.cuda.decode import kernel_arguments, new_workspace
 from msq.kernels.cuda.layout import prepare
-from msq.kernels.cuda.tuning import Limits, Tuning, launch_for
+from msq.kernels.cuda.limits import Limits
+from msq.kernels.cuda.tuning import Tuning, launch_for
 from msq.kernels.quantize import decode
 from msq.kernels.quantizers import codes
 from msq.kernels.specs import every_quantizer

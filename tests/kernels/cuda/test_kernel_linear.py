@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from msq.kernels.cuda.decode import KERNEL_CODES
+from msq.kernels.cuda.limits import Limits
 from msq.kernels.cuda.linear import KernelLinear, _workspace_words, separate_workspace
-from msq.kernels.cuda.tuning import Limits
 from msq.kernels.errors import KernelError, QuantizerError
 from msq.kernels.linear import IMPLEMENTATIONS, FusedLinear, QuantizedLinear
 from msq.kernels.quantize import quantize

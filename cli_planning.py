@@ -76,15 +76,12 @@ def plan(
     """Find the assignment of least loss within memory and latency budgets."""
     from .planner.budget import parse_budgets
     from .planner.constraints import parse_constraints
-    from .planner.errors import PlanError
     from .planner.plan import save_plan
     from .planner.robust import stability as resample
     from .planner.robust import standard_errors
     from .planner.solve import find_plan, plan_json
-    from .profiles.files import check_writable
 
-    if out is not None:
-        check_writable(out, PlanError)
+    _check_files(out, None, [*_tables(profile), *(calibrate or ())])
     measured = load(profile)
     if calibrate:
         measured = _calibrated(measured, profile, calibrate)
@@ -193,7 +190,7 @@ def frontier(
     from .planner.frontier import frontier_table
     from .profiles.files import write_atomic
 
-    _check_files(out, plot)
+    _check_files(out, plot, [*_tables(profile), *(plan or ())])
     measured = load(profile)
     table = frontier_table(
         measured,
@@ -220,18 +217,29 @@ def frontier(
         print(f"{points} break points in {out}" + ("" if plot is None else f", chart in {plot}"))
 
 
-def _check_files(out: Path | None, plot: Path | None) -> None:
-    """Refuses files that can't be written, before hours are spent on what is to be in them."""
+def _check_files(out: Path | None, plot: Path | None, inputs: Sequence[Path]) -> None:
+    """Refuses files that can't be written, or that are read, before hours are spent on what is to be in them."""
     from .experiments.charts import check_chart
     from .planner.errors import PlanError
     from .profiles.files import check_writable
 
+    read = {path.resolve() for path in inputs}
+    for option, path in (("--out", out), ("--plot", plot)):
+        if path is not None and path.resolve() in read:
+            raise PlanError(f"{option} {path} would replace what this command reads; give it another name.")
     if out is not None:
         check_writable(out, PlanError)
     if plot is not None:
         check_chart(plot)
     if out is not None and plot is not None and out.resolve() == plot.resolve():
         raise PlanError(f"--out and --plot are both {out}; give the chart another name.")
+
+
+def _tables(profile: Path) -> list[Path]:
+    """The files that a profile is made of."""
+    from .profiles.schema import MANIFEST_FILE, TABLES
+
+    return [profile / name for name in (MANIFEST_FILE, *(table.file for table in TABLES))]
 
 
 def _labelled_plans(paths: Sequence[Path], measured: Profile) -> dict[str, Plan]:
@@ -280,7 +288,7 @@ def compare(
     from .profiles.files import write_atomic
     from .profiles.progress import progress
 
-    _check_files(out, plot)
+    _check_files(out, plot, _tables(profile))
     measured = load(profile)
     problems = [parse_budgets(budget), *(parse_budgets(split_names(text) or ()) for text in also or ())]
     pending = trials(

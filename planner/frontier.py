@@ -87,7 +87,7 @@ def frontier_table(
                 f'"{constraint.text}": a frontier takes pin, ban, min-bits and max-bits; plan at single budgets with '
                 "`msq plan`, which takes all constraints."
             )
-    suffix = f"@{batch_size}" if resource == "latency" else ""
+    suffix = f"@{batch_size}" if resource == "latency" and batch_size > 1 else ""
     selection = {"quantizers": quantizers, "implementations": implementations, "fusion": fusion}
     built = build_problem(profile, [parse_budget(_UNBOUNDED[resource] + suffix)], **selection)  # type: ignore[arg-type]
     constrained = constrain(built, constraints)
@@ -100,7 +100,7 @@ def frontier_table(
             _uniform(constrained),
         ]
         if resource == "memory":
-            use, loss = ideal_curve(constrained.problem)
+            use, loss = ideal_curve(built.problem)
             reached = (use >= points.usage[0]) & (use <= points.usage[-1])
             series.append(pd.DataFrame({"series": "ideal", "use": use[reached], "loss": loss[reached]}))
     except SolverError as cause:

@@ -74,14 +74,18 @@ def calibration(
         device: where the model writes; None for the CPU. Only this source needs the whole model in memory.
 
     Raises:
-        ProfileError: fewer tokens than a window, or a bad text, tokenizer or model.
+        ProfileError: fewer tokens than a window, a longer window than the model reads, a bad text, tokenizer or model.
     """
     count = tokens // window
     if not count:
         raise ProfileError(f"expected tokens for at least one window of {window}; got {tokens}.")
+    config = load_config(model_dir)
+    longest = getattr(config, "max_position_embeddings", window)
+    if window > longest:
+        raise ProfileError(f"expected windows of at most the {longest} tokens that {model_dir} reads; got {window}.")
     if text is not None:
         return Calibration(token_windows(model_dir, text, window, count), TokenSource.TEXT, text.name)
     if source is TokenSource.SELF:
         model = load_model(model_dir, device or torch.device("cpu"))
         return Calibration(self_written(model, count, window, seed), source)
-    return Calibration(random_windows(load_config(model_dir).vocab_size, count, window, seed), TokenSource.RANDOM)
+    return Calibration(random_windows(config.vocab_size, count, window, seed), TokenSource.RANDOM)

@@ -327,6 +327,13 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
             "give the chart another name",
         ),
         (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--plot", "{t}/a/c.png"], "does not exist"),
+        (["plan", "--profile", "{p}", "--budget", "memory=4bpw", "--out", "{p}/profile.yaml"], "would replace what"),
+        (["frontier", "--profile", "{p}", "--resource", "memory", "--out", "{p}/./layers.csv"], "would replace what"),
+        (["compare", "--profile", "{p}", "--budget", "memory=4bpw", "--out", "{p}/latency.csv"], "would replace what"),
+        (
+            ["frontier", "--profile", "{p}", "--resource", "memory", "--out", "{t}/a.yaml", "--plan", "{t}/a.yaml"],
+            "a.yaml would replace what",
+        ),
         (
             ["frontier", "--profile", "{p}", "--resource", "latency", "--out", "{t}/f.csv", "--batch-size", "8"],
             "a frontier of latency at batch size 8 needs a profile that measured it; this one measured batch size 1.",

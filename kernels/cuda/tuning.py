@@ -38,7 +38,8 @@ class Tuning:
     Attributes:
         warps: warps of a block.
         blocks: blocks of a launch for each multiprocessor.
-        resident: blocks for which a multiprocessor has registers; more than `blocks` lets the next launch start early.
+        resident: blocks that a multiprocessor takes where shared memory is enough, and has registers for; more than
+            `blocks` lets the next launch start early.
         rows: rows of tiles that a warp decodes side by side: a step is one unit (16 rows x 128 columns) in each.
         steps_at_start: steps that a warp asks for before it decodes the first, 1 or 2.
         ring: steps in flight through shared memory; 0 for one or two, straight to registers.
@@ -233,6 +234,7 @@ def launch_for(
     if division is None:
         return None
     tokens, widths = compiled_tokens(batch), [pair_width(rate) for rate in spec.rates]
+    resident = max(tuning.blocks, tuning.resident)
     macros = decoder_macros(spec, spec.rates, tuning.replicas, tuning.signed, tokens=tokens) | {
         "WIDTH_HIGH": widths[1] if len(widths) > 1 else 0,
         "ROWS": tuning.rows,
@@ -241,18 +243,17 @@ def launch_for(
         "ROW_GROUPS": tuning.row_groups,
         "WARPS": tuning.warps,
         "HIGH_WARPS": division.warps[1] if len(widths) > 1 else 0,
-        "RESIDENT": max(tuning.blocks, tuning.resident),
+        "RESIDENT": resident,
         "TOKENS": tokens,
         "BFLOAT": FORMATS[dtype],
         "SPLITS": tuning.splits,
     }
-    least_shared_bytes = limits.bytes_for_at_most(max(tuning.blocks, tuning.resident))
     return Launch(
         Source("decode.cu", "multiply", macros),
         division.chunk_blocks * tuning.splits,
         32 * tuning.warps,
         division.chunk_blocks,
-        max(division.shared_bytes, least_shared_bytes),
+        max(division.shared_bytes, limits.bytes_for_at_most(resident)),
         division.block_tiles,
         (tuning.splits - 1) * division.row_tiles * tokens * TILE,
     )

@@ -6,7 +6,8 @@ import itertools
 from dataclasses import dataclass, replace
 from functools import cache
 
-from ..specs import TILE, Family, QuantizerSpec
+from ..mad import mad_code
+from ..specs import TILE, Family, QuantizerSpec, TrellisCode
 from .layout import LARGEST_BYTE_CODE, UNIT_COLUMNS, in_nibbles, pair_width, plane_bits
 from .limits import Limits
 from .tuning import Division, Tuning, compiled_tokens, digits_of, divide, lanes_share_tables, most_units, table_size
@@ -36,12 +37,14 @@ def _without_table(one_row: _Loop, few_warps: _Loop) -> dict[int, tuple[_Loop, .
     return {4: (*loops, few_warps), 16: tuple(replace(loop, warps=8) for loop in loops)}
 
 
-# What follows is of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv.
+# What follows is of an H200's multiprocessor, fitted to experiments/results/kernels_h200.csv, and for byte planes to
+# steps of whole models (figure1_h200_log.md beside it).
 _OF_BYTES = (_Loop(2, 2, 12, 1.0), _Loop(1, 3, 12, 1.09), _Loop(2, 0, 16, 1.2), _Loop(1, 0, 16, 1.3))
 _LOOPS: dict[str, dict[int, tuple[_Loop, ...]]] = {
     "no table": _without_table(_Loop(1, 3, 16, 1.03), _Loop(1, 4, 8, 1.09)),
     "no table, 2 bits": _without_table(_Loop(1, 3, 16, 1.03), _Loop(1, 6, 8, 1.09)),
     "no table, 3 bits": _without_table(_Loop(1, 4, 16, 0.97), _Loop(1, 4, 8, 1.02)),
+    "no table, two hashes": _without_table(_Loop(1, 3, 16, 1.06), _Loop(1, 3, 12, 0.965)),
     "bytes": {
         4: _OF_BYTES,
         8: (_Loop(2, 0, 16, 1.0), _Loop(2, 2, 8, 1.15), _Loop(1, 3, 8, 1.2), _Loop(1, 0, 16, 1.15)),
@@ -118,6 +121,8 @@ def _kind(spec: QuantizerSpec) -> str:
     """In `_LOOPS`."""
     if in_nibbles(spec):
         return f"no table, {spec.bits:g} bits"
+    if spec.code is TrellisCode.MAD and all(len(mad_code(pair_width(rate)).multipliers) == 2 for rate in spec.rates):
+        return "no table, two hashes"
     if not table_size(spec, 1, signed=False):
         return "no table"
     if spec.has_trellis:

@@ -69,6 +69,16 @@ def test_constraints_on_quantizers_hold_for_every_series(profile, resource) -> N
     assert (bound["loss"] >= np.interp(bound[use], free[use], free["loss"]) * (1 - 1e-9)).all()
 
 
+def test_the_ideal_knows_of_no_constraint(profile) -> None:
+    curves = [
+        series(frontier_table(profile, "memory", constraints=parse_constraints(texts)), "ideal")
+        for texts in ([], ["min-bits:down_proj=4"])
+    ]
+    free, bound = (curve.set_index("memory_bytes")["loss"] for curve in curves)
+    assert 0 < len(bound) < len(free)  # less of it is within reach
+    assert bound.equals(free[bound.index])
+
+
 def test_constraints_that_tie_layers_are_refused_for_a_frontier(profile) -> None:
     for text in ("same:q_proj|k_proj", "distinct=2", "device:down_proj=1GiB"):
         with pytest.raises(PlanError, match="a frontier takes pin, ban, min-bits and max-bits"):

@@ -92,6 +92,9 @@ def test_a_text_is_read_from_its_beginning(tiny_llama, tmp_path):
     assert found.windows.shape == (2, 32) and found.text == "text.txt"
     with pytest.raises(ProfileError, match="at least one window of 32; got 31"):
         calibration(tiny_llama, tmp_path / "text.txt", tokens=31, window=32, seed=0)
+    for text in (tmp_path / "text.txt", None):
+        with pytest.raises(ProfileError, match=r"windows of at most the 256 tokens that .* reads; got 257"):
+            calibration(tiny_llama, text, tokens=600, window=257, seed=0)
 
 
 @pytest.mark.parametrize("changes", [{"tokens": 180}, {"digest": "e"}, {"seed": 4}])

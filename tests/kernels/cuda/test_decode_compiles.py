@@ -46,6 +46,12 @@ def instructions(cubin):
             yield from (word for word, _ in struct.iter_unpack("<2Q", cubin[start : start + length]))
 
 
+def check_copies(cubin):
+    opcodes = {word & 0xFFF for word in instructions(cubin)}
+    assert 0xFAE in opcodes  # LDGSTS, what becomes of cp.async
+    assert 0xDAE not in opcodes  # of an address that is partly uniform: with a cache hint it is no valid instruction
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(("label", "batch", "dtype", "tuning"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
 def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
@@ -54,9 +60,19 @@ def test_decode_kernels_compile(label, batch, dtype, tuning, arch):
     launch = launch_for(SPECS[label], 4096, 4096, batch, dtype, LIMITS, chosen)
     assert launch is not None
     assert launch.shared_bytes <= LIMITS.shared_bytes
-    opcodes = {word & 0xFFF for word in instructions(compile_source(launch.source, arch))}
-    assert 0xFAE in opcodes  # LDGSTS, what becomes of cp.async
-    assert 0xDAE not in opcodes  # of an address that is partly uniform: with a cache hint it is no valid instruction
+    check_copies(compile_source(launch.source, arch))
+
+
+RINGS = [Tuning(ring=2), Tuning(12, ring=2), Tuning(12, rows=1, ring=3), Tuning(8, rows=1, ring=4)]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("label", ["int-3", "nuq-2", "nuq-4", "vq-3", "vq-4", "tcq-3", "half-tcq-3.25"])
+def test_rings_compile_to_valid_copies(label, batch):
+    for tuning in RINGS if batch == 1 else RINGS[2:3]:
+        launch = launch_for(SPECS[label], 4096, 4096, batch, torch.float16, Limits(132, 227 << 10), tuning)
+        assert int(dict(launch.source.macros)["RING"]) == tuning.ring
+        check_copies(compile_source(launch.source, "sm_90"))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])

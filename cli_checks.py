@@ -55,7 +55,7 @@ def check(
 ) -> None:
     """Hold a checkpoint against its promises and the best uniform scheme of its budgets; exit 2 if one is broken."""
     from .experiments.evaluate import load_any
-    from .experiments.promise_check import PromiseCheck, check_profile
+    from .experiments.promise_check import PromiseCheck, check_places, check_profile
     from .planner.errors import PlanError
     from .planner.executor.apply import apply_plan
     from .planner.executor.manifest import PLAN_FILE, read_manifest
@@ -64,6 +64,9 @@ def check(
     from .profiles.model_source import resolve_model
     from .profiles.models import load_config, random_windows, token_windows
 
+    mended = None if repair is None else (repair, repair.with_name(f"{repair.name}.profile"))
+    if mended is not None:
+        check_places(*mended)
     manifest = read_manifest(checkpoint)
     tuned = None if manifest.tuning is None else manifest.tuning.tokens
     if not hessian and tuned is None:
@@ -96,10 +99,9 @@ def check(
         )
         report = checker.check(plan, checkpoint)
         facts = _facts(report)
-        if report.broken and repair is not None:
-            place = repair.with_name(f"{repair.name}.profile")
-            _, report = checker.repair(plan, checkpoint, repair, place)
-            facts |= {"repaired": _facts(report) | {"checkpoint": str(repair), "profile": str(place)}}
+        if report.broken and mended is not None:
+            _, report = checker.repair(plan, checkpoint, *mended)
+            facts |= {"repaired": _facts(report) | dict(zip(("checkpoint", "profile"), map(str, mended), strict=True))}
     if json_output:
         print_json(facts)
     else:

@@ -46,6 +46,17 @@ Steps = Callable[[nn.Module, tuple[int, ...]], Mapping[int, float]]
 """Measures µs of a decoding step of a checkpoint's model at batch sizes."""
 
 
+def check_places(out: Path, profile_out: Path) -> None:
+    """Refuses what `PromiseCheck.repair` would, so that nothing is measured for nothing.
+
+    Raises:
+        PlanError: one of them exists.
+    """
+    for path in (out, profile_out):
+        if path.exists():
+            raise PlanError(f"{path} exists already; choose another place for the repaired checkpoint.")
+
+
 @dataclass(frozen=True)
 class PromiseReport:
     """What was promised and what was found.
@@ -145,9 +156,7 @@ class PromiseCheck:
         Raises:
             PlanError: the promises don't hold after `ROUNDS` repairs; nothing is left at `out`.
         """
-        for path in (out, profile_out):
-            if path.exists():
-                raise PlanError(f"{path} exists already; choose another place for the repaired checkpoint.")
+        check_places(out, profile_out)
         checker, report = self, self.check(plan, checkpoint)
         for number in range(ROUNDS):
             checker = checker.corrected(plan, checkpoint, report, profile_out)

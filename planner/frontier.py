@@ -87,6 +87,11 @@ def frontier_table(
                 f'"{constraint.text}": a frontier takes pin, ban, min-bits and max-bits; plan at single budgets with '
                 "`msq plan`, which takes all constraints."
             )
+    for amount in at:
+        if "=" in amount or "@" in amount:
+            raise PlanError(
+                f'"{amount}": expected an amount alone, such as 3.25bpw or 200tps: resource and batch size are of all.'
+            )
     suffix = f"@{batch_size}" if resource == "latency" and batch_size > 1 else ""
     selection = {"quantizers": quantizers, "implementations": implementations, "fusion": fusion}
     built = build_problem(profile, [parse_budget(_UNBOUNDED[resource] + suffix)], **selection)  # type: ignore[arg-type]

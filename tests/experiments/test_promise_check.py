@@ -184,6 +184,8 @@ def test_the_command_checks_and_repairs(honest, misled, tmp_path, capsys):
     assert "breaks its promises: its KL is" in captured.err and "--repair OUT" in captured.err
     assert run("check", str(tmp_path / "bad"), *options, "--repair", str(tmp_path / "mended")) == 0
     assert f"repaired in {tmp_path / 'mended'}" in capsys.readouterr().out
+    assert run("check", str(tmp_path / "no checkpoint"), *options, "--repair", str(tmp_path / "mended")) == 2
+    assert "mended exists already" in capsys.readouterr().err
     assert run("check", str(tmp_path / "bad"), *options, "--hessian") == 2
     assert "the checkpoint was quantized data-free, and a --hessian" in capsys.readouterr().err
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".check")]

@@ -124,6 +124,9 @@ def test_what_is_out_of_reach_is_said(profile) -> None:
         frontier_table(profile, "latency", batch_size=4)
     with pytest.raises(PlanError, match="unit is missing"):
         frontier_table(profile, "memory", at=["3"])
+    for amount in ("memory=3bpw", "200tps@8"):
+        with pytest.raises(PlanError, match=f'^"{amount}": expected an amount alone'):
+            frontier_table(profile, "latency", at=[amount])
 
 
 def test_a_frontier_of_latency_needs_latency(memory_profile) -> None:

@@ -100,8 +100,9 @@ def check(
         report = checker.check(plan, checkpoint)
         facts = _facts(report)
         if report.broken and mended is not None:
-            _, report = checker.repair(plan, checkpoint, *mended)
-            facts |= {"repaired": _facts(report) | dict(zip(("checkpoint", "profile"), map(str, mended), strict=True))}
+            out, profile_out = mended
+            _, report = checker.repair(plan, checkpoint, out, profile_out)
+            facts |= {"repaired": _facts(report) | {"checkpoint": str(out), "profile": str(profile_out)}}
     if json_output:
         print_json(facts)
     else:

@@ -219,7 +219,6 @@ def frontier(
 
 def _check_files(out: Path | None, plot: Path | None, inputs: Sequence[Path]) -> None:
     """Refuses files that can't be written, or that are read, before hours are spent on what is to be in them."""
-    from .experiments.charts import check_chart
     from .planner.errors import PlanError
     from .profiles.files import check_writable
 
@@ -230,6 +229,8 @@ def _check_files(out: Path | None, plot: Path | None, inputs: Sequence[Path]) ->
     if out is not None:
         check_writable(out, PlanError)
     if plot is not None:
+        from .experiments.charts import check_chart
+
         check_chart(plot)
     if out is not None and plot is not None and out.resolve() == plot.resolve():
         raise PlanError(f"--out and --plot are both {out}; give the chart another name.")

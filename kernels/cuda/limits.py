@@ -27,9 +27,13 @@ class Limits:
     multiprocessors: int
     shared_bytes: int
 
+    def bytes_for_each(self, blocks: int) -> int:
+        """Dynamic shared memory of a block with which `blocks` of them fit a multiprocessor."""
+        return (self.shared_bytes + RESERVED_BYTES) // blocks - RESERVED_BYTES
+
     def bytes_for_at_most(self, blocks: int) -> int:
         """Dynamic shared memory of a block with which no more than `blocks` of them fit a multiprocessor."""
-        return (self.shared_bytes + RESERVED_BYTES) // (blocks + 1) - RESERVED_BYTES + _GRANULE_BYTES
+        return self.bytes_for_each(blocks + 1) + _GRANULE_BYTES
 
 
 def device_index(device: torch.device) -> int:

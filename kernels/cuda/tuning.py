@@ -14,7 +14,7 @@ from ..mad import mad_code
 from ..specs import BYTE_LEVEL_BITS, TILE, Family, QuantizerSpec, TrellisCode
 from .jit import Source
 from .layout import UNIT_COLUMNS, in_nibbles, pair_width, plane_bits
-from .limits import RESERVED_BYTES, Limits
+from .limits import Limits
 
 FORMATS = {torch.float16: 0, torch.bfloat16: 1}
 _FAMILIES = {Family.INT: 0, Family.NUQ: 1, Family.VQ: 2, Family.TCQ: 3, Family.HALF_TCQ: 3}
@@ -208,7 +208,7 @@ def divide(
     slots = block_tiles * (tuning.warps // tuning.row_groups) * tokens * (16 if tokens == 1 else 20)
     shared_bytes = table_bytes + rings + factors + -factors % 16 + 4 * slots
     shared_bytes += 2 * 2 * TILE * block_tiles + tokens * _token_bytes(spec, sum(units), tokens)
-    if shared_bytes > (limits.shared_bytes + RESERVED_BYTES) // tuning.blocks - RESERVED_BYTES:
+    if shared_bytes > limits.bytes_for_each(tuning.blocks):
         return None
     warps = _share_warps(units, tuning)
     if warps is None or (digits_of(spec, tokens) > 1 and most_units(units, warps, tuning.row_groups) > _MOST_UNITS):

@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from functools import cache
 
-from ..mad import mad_code
+from ..mad import TWO_HASHES_FROM
 from ..specs import TILE, Family, QuantizerSpec, TrellisCode
 from .layout import LARGEST_BYTE_CODE, UNIT_COLUMNS, in_nibbles, pair_width, plane_bits
 from .limits import Limits
@@ -121,7 +121,7 @@ def _kind(spec: QuantizerSpec) -> str:
     """In `_LOOPS`."""
     if in_nibbles(spec):
         return f"no table, {spec.bits:g} bits"
-    if spec.code is TrellisCode.MAD and all(len(mad_code(pair_width(rate)).multipliers) == 2 for rate in spec.rates):
+    if spec.code is TrellisCode.MAD and pair_width(min(spec.rates)) >= TWO_HASHES_FROM:
         return "no table, two hashes"
     if not table_size(spec, 1, signed=False):
         return "no table"

@@ -28,11 +28,12 @@ from .tuning import FORMATS
 
 MAX_HEAD_SIZE = 256
 _MAX_GROUP = 8
-"""Query heads of a block; more would need more registers than a thread has."""
+"""Query heads of a block: the columns of a multiplication."""
+_TILE_NUMBERS = 256
+"""Of a key or value, for all tiles that a warp has under way: as many as a thread has registers for."""
 _MAX_SPLITS = 32
-_BLOCKS_PER_MULTIPROCESSOR = 2
 _MAX_WARPS = 8
-_FEWEST_POSITIONS = 16
+_FEWEST_POSITIONS = 256
 """Positions for which a block of its own is worth the joining."""
 
 
@@ -60,7 +61,7 @@ class Shape:
     Attributes:
         group: query heads of a block.
         groups: blocks for one key head.
-        splits: runs of positions that different blocks take.
+        splits: runs of positions that different blocks take, at most; of few positions there are fewer runs.
         warps: warps of a block.
     """
 
@@ -79,8 +80,9 @@ class Shape:
             "GROUPS": self.groups,
             "KEY_HEADS": self.key_heads,
             "SPLITS": self.splits,
+            "CHUNK": _FEWEST_POSITIONS,
             "WARPS": self.warps,
-            "UNROLL": 2,
+            "TILES": max(1, min(4, _TILE_NUMBERS // self.head_size)),
             "BFLOAT": FORMATS[dtype],
             "NORM": norm,
         }
@@ -122,9 +124,9 @@ def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: 
     limit = _MAX_GROUP if head_size <= 128 else _MAX_GROUP // 2
     group = next(g for g in range(min(sharing, limit), 0, -1) if sharing % g == 0)
     groups = sharing // group
-    filling = _BLOCKS_PER_MULTIPROCESSOR * multiprocessors // (batch * key_heads * groups)
-    splits = max(1, min(filling, capacity // _FEWEST_POSITIONS, _MAX_SPLITS))
-    room = SHARED_LIMIT - 4 * (group + 1) * head_size
+    filling = multiprocessors // (batch * key_heads * groups)
+    splits = max(1, min(filling, -(-capacity // _FEWEST_POSITIONS), _MAX_SPLITS))
+    room = SHARED_LIMIT - 2 * (group + 2) * (head_size + 40)
     warps = max(w for w in (1, 2, 4, _MAX_WARPS) if w == 1 or 4 * w * group * (head_size + 2) + 64 <= room)
     return Shape(head_size, group, groups, key_heads, splits, warps)
 

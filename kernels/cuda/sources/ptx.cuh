@@ -219,6 +219,21 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], u32 a, u32 b, u32 
         : "r"(a), "r"(b), "r"(c), "r"(d), "r"(low), "r"(high));
 }
 
+// The same of bf16.
+__device__ __forceinline__ void multiply_add_bfloat(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a), "r"(b), "r"(c), "r"(d), "r"(low), "r"(high));
+}
+
+// The transpose of an 8x8 matrix of 16 bits, of which lane 4 g + t has columns 2 t and 2 t + 1 of row g.
+__device__ __forceinline__ u32 transpose(u32 pair) {
+    u32 result;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+
 // sum (16x8 int32) += codes (16x32 int8: a, b, c, d) * digits (32x8 int8), fragments as in PTX's mma.m16n8k32.
 __device__ __forceinline__ void multiply_add(int (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -55,22 +55,25 @@ def emulated(monkeypatch, tmp_path):
     count = iter(range(100))
     monkeypatch.setattr(attention, "load", lambda code, device: Emulated(code, tmp_path / str(next(count))))
     monkeypatch.setattr(attention, "_multiprocessors", lambda device: 16)
-    attention._ready.cache_clear()
+    attention._ready.cache_clear(), shape_for.cache_clear()
     yield
-    attention._ready.cache_clear()
+    attention._ready.cache_clear(), shape_for.cache_clear()
 
 
 @needs_compiler
+@pytest.mark.parametrize("run", [16, 256])
 @pytest.mark.parametrize(("heads", "key_heads", "size", "positions", "capacity", "window", "dtype", "norm"), CASES)
 def test_the_kernels_source_computes_the_twin(
-    emulated, heads, key_heads, size, positions, capacity, window, dtype, norm
+    emulated, monkeypatch, heads, key_heads, size, positions, capacity, window, dtype, norm, run
 ):
+    monkeypatch.setattr(attention, "_FEWEST_POSITIONS", run)
     given = inputs(heads, key_heads, size, positions, capacity, dtype, norm)
     *rest, keys, values = given
     expected_keys, expected_values = keys.clone(), values.clone()
     expected_keys[expected_keys.isnan()] = expected_values[expected_values.isnan()] = 0
     expected = twin(*rest, expected_keys, expected_values, size**-0.5, window)
     shape = shape_for(heads, key_heads, size, len(positions), capacity, 16)
+    assert (shape.splits > 1) == (run < capacity and 2 * shape.key_heads * shape.groups * len(positions) <= 16)
     workspace = torch.zeros(shape.workspace_words(len(positions)) + 4, dtype=torch.int32)
     counters = len(positions) * key_heads * shape.groups
     for _ in range(2):  # the second time counters are as the first left them
@@ -128,10 +131,11 @@ def test_every_shape_compiles(arch, batch, heads, key_heads, size):
 def test_blocks_cover_all_heads_and_fill_the_device():
     for heads, key_heads in ((32, 8), (28, 4), (64, 8), (40, 40), (24, 2), (71, 71), (22, 2)):
         for batch in (1, 4, 16):
-            shape = shape_for(heads, key_heads, 128, batch, 4096, 132)
+            shape = shape_for(heads, key_heads, 128, batch, 16384, 132)
             assert shape.key_heads * shape.groups * shape.group == heads
-            assert shape.splits == 1 or 132 < 2 * shape.blocks(batch) <= 528 or shape.splits == 32
-    assert shape_for(32, 8, 128, 1, 4096, 132).splits == 32 and shape_for(32, 8, 128, 1, 40, 132).splits == 2
+            assert shape.splits == 1 or shape.blocks(batch) <= 132
+            assert 2 * shape.blocks(batch) > 132 or shape.splits in (32, 16384 // 256)
+    assert shape_for(32, 8, 128, 1, 4096, 132).splits == 16 and shape_for(32, 8, 128, 1, 257, 132).splits == 2
 
 
 def test_what_does_not_fit_says_so():

@@ -15,6 +15,10 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 LONG = [
     (32, 8, 128, (255,), 512, 0, torch.float16, False),
+    (32, 8, 128, (100,), 4096, 0, torch.bfloat16, False),
+    (32, 8, 128, (600,), 4096, 0, torch.float16, False),
+    (16, 1, 256, (9000,), 16384, 0, torch.float16, False),
+    (32, 32, 64, (4000, 2), 8192, 0, torch.bfloat16, False),
     (32, 8, 128, (3000, 17, 255, 0, 1023, 4095, 64, 65), 4096, 0, torch.float16, False),
     (28, 4, 128, (700, 1), 1024, 512, torch.bfloat16, False),
     (64, 8, 128, (900,) * 16, 1024, 0, torch.bfloat16, True),

@@ -53,6 +53,7 @@ inline void allow_next_kernel() {}
 #define DYNAMIC_SHARED(name) u8* name = dynamic_shared
 using std::max;
 using std::min;
+using std::fmax;
 
 inline int lane_index() { return threadIdx.x & 31; }
 inline void stop_kernel() { std::abort(); }
@@ -156,6 +157,19 @@ inline void multiply_add(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u
     multiply_fragments(sum, {a, b, c, d, low, high}, [](float& to, u32 x, u32 y) {
         for (int side = 0; side < 2; ++side) to += half_of(x, side) * half_of(y, side);
     });
+}
+
+inline void multiply_add_bfloat(float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
+    multiply_fragments(sum, {a, b, c, d, low, high}, [](float& to, u32 x, u32 y) {
+        for (int half = 0; half < 32; half += 16) to += bfloat_to_float((u16)(x >> half)) * bfloat_to_float((u16)(y >> half));
+    });
+}
+
+inline u32 transpose(u32 pair) {
+    int slot = emulator::exchange({pair});
+    int g = lane_index() / 4, t = lane_index() % 4;
+    u32 low = emulator::received(slot, 4 * (2 * t) + g / 2)[0], high = emulator::received(slot, 4 * (2 * t + 1) + g / 2)[0];
+    return (low >> 16 * (g % 2) & 0xFFFF) | (high >> 16 * (g % 2) & 0xFFFF) << 16;
 }
 
 inline void multiply_add(int (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {

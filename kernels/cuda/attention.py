@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import KernelError
 from .jit import Kernel, Source, load
-from .limits import device_index, device_limits
+from .limits import Limits, device_index, device_limits
 from .rotation_plan import SHARED_LIMIT
 from .tuning import FORMATS
 
@@ -32,9 +32,10 @@ _MAX_GROUP = 8
 _TILE_NUMBERS = 256
 """Of a key or value, for all tiles that a warp has under way: as many as a thread has registers for."""
 _MAX_SPLITS = 32
+_MAX_CLUSTER = 8
 _MAX_WARPS = 8
-_FEWEST_POSITIONS = 256
-"""Positions for which a block of its own is worth the joining."""
+_FEWEST_POSITIONS = 512
+"""Positions of a block for which further blocks are worth the joining through memory."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class Shape:
 
     Attributes:
         group: query heads of a block.
-        groups: blocks for one key head.
-        splits: runs of positions that different blocks take, at most; of few positions there are fewer runs.
+        groups: clusters for one key head.
+        splits: runs of positions that different clusters take, at most; of few positions there are fewer runs.
+        cluster: blocks of a cluster, which take parts of a run.
         warps: warps of a block.
     """
 
@@ -70,6 +72,7 @@ class Shape:
     groups: int
     key_heads: int
     splits: int
+    cluster: int
     warps: int
 
     def source(self, dtype: torch.dtype, norm: bool) -> Source:
@@ -80,7 +83,8 @@ class Shape:
             "GROUPS": self.groups,
             "KEY_HEADS": self.key_heads,
             "SPLITS": self.splits,
-            "CHUNK": _FEWEST_POSITIONS,
+            "CHUNK": _FEWEST_POSITIONS * self.cluster,
+            "CLUSTER": self.cluster,
             "WARPS": self.warps,
             "TILES": max(1, min(4, _TILE_NUMBERS // self.head_size)),
             "BFLOAT": FORMATS[dtype],
@@ -89,7 +93,7 @@ class Shape:
         return Source("attention.cu", "attend", macros)
 
     def blocks(self, batch: int) -> int:
-        return batch * self.key_heads * self.groups * self.splits
+        return batch * self.key_heads * self.groups * self.splits * self.cluster
 
     def workspace_words(self, batch: int) -> int:
         """32-bit words: counters, padded to 16 bytes, then sums."""
@@ -111,7 +115,7 @@ def unsupported_reason(heads: int, key_heads: int, head_size: int) -> str | None
 
 
 @cache
-def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: int, multiprocessors: int) -> Shape:
+def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: int, limits: Limits) -> Shape:
     """A division of work that gives every multiprocessor its blocks where there are positions enough.
 
     Raises:
@@ -124,11 +128,16 @@ def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: 
     limit = _MAX_GROUP if head_size <= 128 else _MAX_GROUP // 2
     group = next(g for g in range(min(sharing, limit), 0, -1) if sharing % g == 0)
     groups = sharing // group
-    filling = multiprocessors // (batch * key_heads * groups)
-    splits = max(1, min(filling, -(-capacity // _FEWEST_POSITIONS), _MAX_SPLITS))
-    room = SHARED_LIMIT - 2 * (group + 2) * (head_size + 40)
+    places = batch * key_heads * groups
+    half = limits.multiprocessors // 2
+    cluster = 1
+    while limits.has_clusters and cluster < _MAX_CLUSTER and 2 * cluster * places <= half:
+        cluster *= 2
+    filling = (limits.multiprocessors if cluster == 1 else half) // (cluster * places)
+    splits = max(1, min(filling, -(-capacity // (cluster * _FEWEST_POSITIONS)), _MAX_SPLITS))
+    room = SHARED_LIMIT - 4 * (group + 2) * (head_size + 40)
     warps = max(w for w in (1, 2, 4, _MAX_WARPS) if w == 1 or 4 * w * group * (head_size + 2) + 64 <= room)
-    return Shape(head_size, group, groups, key_heads, splits, warps)
+    return Shape(head_size, group, groups, key_heads, splits, cluster, warps)
 
 
 def new_workspace(
@@ -137,12 +146,12 @@ def new_workspace(
     """A workspace for `attend` of these sizes, for launches one after another on one stream: ``(words,)`` int32."""
     if device.type != "cuda":
         return torch.zeros(0, dtype=torch.int32)
-    shape = shape_for(heads, key_heads, head_size, batch, capacity, _multiprocessors(device))
+    shape = shape_for(heads, key_heads, head_size, batch, capacity, _limits(device))
     return torch.zeros(shape.workspace_words(batch), dtype=torch.int32, device=device)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return device_limits(device_index(device)).multiprocessors
+def _limits(device: torch.device) -> Limits:
+    return device_limits(device_index(device))
 
 
 @cache
@@ -179,7 +188,7 @@ def attend(
     """
     batch, key_heads, capacity, head_size = keys.shape
     heads = q.shape[1] // head_size
-    shape = shape_for(heads, key_heads, head_size, batch, capacity, _multiprocessors(q.device))
+    shape = shape_for(heads, key_heads, head_size, batch, capacity, _limits(q.device))
     if workspace.numel() < shape.workspace_words(batch):
         raise KernelError(
             f"this attention needs a workspace of {shape.workspace_words(batch)} words: see new_workspace()."
@@ -209,5 +218,5 @@ def attend(
         workspace if shape.splits > 1 else None,
     )
     kernel = _ready(shape, q.dtype, turning.q_weight is not None, q.device)
-    kernel.launch(shape.blocks(batch), 32 * shape.warps, arguments, programmatic=True)
+    kernel.launch(shape.blocks(batch), 32 * shape.warps, arguments, cluster=shape.cluster, programmatic=True)
     return out

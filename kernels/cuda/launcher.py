@@ -115,6 +115,7 @@ class Kernel:
         args: Sequence[Argument],
         *,
         shared_bytes: int = 0,
+        cluster: int = 1,
         stream: torch.cuda.Stream | None = None,
         programmatic: bool = False,
     ) -> None:
@@ -124,6 +125,8 @@ class Kernel:
             grid, block: blocks, and threads of a block.
             args: in the order of the kernel's parameters; tensors must live on this device.
             shared_bytes: dynamic shared memory of a block.
+            cluster: neighbouring blocks that run at once and reach each other's shared memory, which divides the grid; more
+                than 1 from sm_90 on.
             stream: None for torch's current stream of this device.
             programmatic: may start before the kernel ahead of it has ended (programmatic dependent launch); the kernel
                 must then wait by ``griddepcontrol.wait`` before it reads what that one wrote. Below sm_90, where the
@@ -136,7 +139,8 @@ class Kernel:
             raise KernelError(f"{self.name} takes {self._parameters} arguments; got {len(args)}.")
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
-                self.launch(grid, block, args, shared_bytes=shared_bytes, stream=stream, programmatic=programmatic)
+                options = {"cluster": cluster, "stream": stream, "programmatic": programmatic}
+                self.launch(grid, block, args, shared_bytes=shared_bytes, **options)
             return
         _bind_thread(self._core, self.index)
         handle = _current_stream(self.index) if stream is None else stream.cuda_stream
@@ -144,7 +148,7 @@ class Kernel:
         if wrapped is None:
             wrapped = self._core.Stream.from_handle(handle) if handle else self._core.LEGACY_DEFAULT_STREAM
             self._streams[handle] = wrapped
-        shape = (grid, block, shared_bytes, programmatic)
+        shape = (grid, block, shared_bytes, cluster, programmatic)
         config = self._configs.get(shape)
         if config is None:
             config = self._configs[shape] = self._config(*shape)
@@ -157,15 +161,29 @@ class Kernel:
             ) from cause
 
     def _config(
-        self, grid: int | tuple[int, ...], block: int | tuple[int, ...], shared_bytes: int, programmatic: bool
+        self,
+        grid: int | tuple[int, ...],
+        block: int | tuple[int, ...],
+        shared_bytes: int,
+        cluster: int,
+        programmatic: bool,
     ) -> Any:
         self.allow_shared(shared_bytes)
         return self._core.LaunchConfig(
-            grid=grid,
+            grid=grid if cluster == 1 else _in_clusters(grid, cluster),
+            cluster=None if cluster == 1 else cluster,
             block=block,
             shmem_size=shared_bytes,
             programmatic_stream_serialization=programmatic and self._programmatic,
         )
+
+
+def _in_clusters(grid: int | tuple[int, ...], cluster: int) -> tuple[int, ...]:
+    """A grid of blocks as cuda.core counts it: in clusters, of blocks along the first dimension."""
+    first, *further = (grid,) if isinstance(grid, int) else grid
+    if first % cluster:
+        raise KernelError(f"clusters of {cluster} blocks need a multiple of {cluster} blocks; got {first}.")
+    return (first // cluster, *further)
 
 
 def _pass(argument: Argument) -> Any:

@@ -13,6 +13,7 @@ RESERVED_BYTES = 1024
 """Shared memory that the system takes of every block's."""
 _GRANULE_BYTES = 128
 """In which shared memory is given out."""
+_FIRST_CLUSTERS = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class Limits:
     Attributes:
         multiprocessors: how many it has.
         shared_bytes: dynamic shared memory that a block may have.
+        has_clusters: whether neighbouring blocks can reach each other's shared memory.
     """
 
     multiprocessors: int
     shared_bytes: int
+    has_clusters: bool = False
 
     def bytes_for_each(self, blocks: int) -> int:
         """Dynamic shared memory of a block with which `blocks` of them fit a multiprocessor."""
@@ -51,4 +54,4 @@ def device_limits(index: int) -> Limits:
     status, shared_bytes = driver.cuDeviceGetAttribute(wanted, index)
     if int(status) != 0:
         raise KernelError(f"cuda:{index} doesn't tell its shared memory: {status}.")
-    return Limits(found.multi_processor_count, int(shared_bytes))
+    return Limits(found.multi_processor_count, int(shared_bytes), (found.major, found.minor) >= _FIRST_CLUSTERS)

@@ -41,7 +41,25 @@ static_assert(!NORM || (TILES == 1 && OUTER == 1), "a norm needs the whole row i
 static_assert(!ADD || NORM, "the sum is written by the first block of a row, which must see the whole row");
 static_assert(GROUP <= 8 && (WAYS > 1 || OWN == VECTOR), "unsupported division of work");
 
-__device__ __forceinline__ float sigmoid(float value) { return __fdividef(1.0f, 1.0f + __expf(-value)); }
+// value[n] * sigmoid(value[n]) * factor[n] for COUNT numbers. Two numbers share a reciprocal: the unit that makes these, and
+// exponentials, is what bounds a gated rotation, as every block sees the whole row. Below -40 sigmoid stays what it is there,
+// 4e-18, so that products of two denominators are finite.
+template <int COUNT>
+__device__ __forceinline__ void gate(float* value, const float* factor) {
+    float denominator[COUNT];
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) denominator[n] = 1.0f + __expf(fminf(-value[n], 40.0f));
+#pragma unroll
+    for (int n = 0; n < COUNT; n += 2) {
+        if constexpr (COUNT == 1) {
+            value[n] *= factor[n] * __fdividef(1.0f, denominator[n]);
+        } else {
+            float inverse = __fdividef(1.0f, denominator[n] * denominator[n + 1]);
+            value[n] *= factor[n] * (inverse * denominator[n + 1]);
+            value[n + 1] *= factor[n + 1] * (inverse * denominator[n]);
+        }
+    }
+}
 
 // The sign of a float: bit `n` of `bits`.
 __device__ __forceinline__ u32 sign_bit(u32 bits, int n) { return bits << (31 - n) & 0x80000000u; }
@@ -145,9 +163,15 @@ extern "C" __global__ void __launch_bounds__(WARPS* LANES)
                     if (slice == 0 && warp_j == 0) loaded[n].store(total, (long long)row * ROW + place);
                 }
 #pragma unroll
+                for (int v = 0; v < VECTOR; ++v) value[v] = loaded[n].value(v);
+                if constexpr (GATE) {
+                    float factor[VECTOR];
+#pragma unroll
+                    for (int v = 0; v < VECTOR; ++v) factor[v] = other[n].value(v);
+                    gate<VECTOR>(value, factor);
+                }
+#pragma unroll
                 for (int v = 0; v < VECTOR; ++v) {
-                    value[v] = loaded[n].value(v);
-                    if constexpr (GATE) value[v] *= sigmoid(value[v]) * other[n].value(v);
                     if constexpr (NORM) {
                         power += value[v] * value[v];
                         value[v] *= other[n].value(v);

@@ -312,9 +312,26 @@ __device__ __forceinline__ void wait_for_previous_kernels() { asm volatile("grid
 // Lets the next kernel start as soon as every block has said so.
 __device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
+// A barrier of all threads of a cluster of blocks, in two halves: what a thread has stored in any block's shared memory
+// before it arrives can be seen by those that have waited. Threads of a warp come together.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Stores where block `rank` of the cluster has what is `place` here, in static shared memory. That block must have started
+// and must not have ended: both sides of such stores are barriers of the cluster.
+__device__ __forceinline__ void store_in_cluster(const float* place, u32 rank, float value) {
+    u32 here = static_cast<u32>(__cvta_generic_to_shared(place)), there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+}
+
 #else
 
 __device__ __forceinline__ void wait_for_previous_kernels() {}
 __device__ __forceinline__ void allow_next_kernel() {}
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() {}
+__device__ __forceinline__ void store_in_cluster(const float*, u32, float) { stop_kernel(); }
 
 #endif

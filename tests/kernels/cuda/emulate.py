@@ -32,20 +32,21 @@ class Emulated:
             (folder / stand_in.name).write_text(stand_in.read_text())
         (folder / "main.cpp").write_text(
             f'#include "{source.file}"\n'
-            'extern "C" void launch(unsigned grid, unsigned block, void** args) '
-            f"{{ emulator::run({source.entry}, grid, block, args); }}\n"
+            'extern "C" __attribute__((visibility("default"))) void launch(unsigned grid, unsigned block, unsigned cluster, void** args) '
+            f"{{ emulator::run({source.entry}, grid, block, cluster, args); }}\n"
         )
-        command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", "kernel.so", "main.cpp"]
+        # -fvisibility: each library has its own variables, which `inline` ones are else shared with those loaded before
+        command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-pthread", "-fvisibility=hidden", "-shared", "-fPIC", "-o", "kernel.so", "main.cpp"]
         command += [f"-D{name}={value}" for name, value in source.macros]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{source}\n{done.stderr}"
         self._launch = ctypes.CDLL(str(folder / "kernel.so")).launch
 
-    def launch(self, grid: int, block: int, args: tuple[object, ...], **_: object) -> None:
+    def launch(self, grid: int, block: int, args: tuple[object, ...], *, cluster: int = 1, **_: object) -> None:
         """As `jit.Kernel.launch`; returns when the kernel has ended."""
         cells = [_cell(argument) for argument in args]
         pointers = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
-        self._launch(grid, block, pointers)
+        self._launch(grid, block, cluster, pointers)
 
 
 def _cell(argument: object) -> ctypes._SimpleCData:

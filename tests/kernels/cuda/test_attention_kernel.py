@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from msq.kernels.cuda import attention, step_ops  # noqa: F401 (registers the operators)
 from msq.kernels.cuda.attention import Turning, shape_for, unsupported_reason
 from msq.kernels.cuda.compiler import ARCHITECTURES, compile_source
+from msq.kernels.cuda.limits import Limits
 from msq.kernels.errors import KernelError, QuantizerError
 
 from .emulate import Emulated, needs_compiler
 
+H200 = Limits(132, 227 << 10, has_clusters=True)
+A100 = Limits(108, 163 << 10)
+SMALL = Limits(16, 99 << 10)
 CASES = [  # heads, key heads, head size, positions, capacity, window, dtype, norm
     (8, 2, 128, (37, 0), 48, 0, torch.float16, False),
     (8, 2, 128, (47, 5), 48, 9, torch.bfloat16, True),
@@ -51,29 +57,32 @@ def relative_error(found, expected):
 
 @pytest.fixture
 def emulated(monkeypatch, tmp_path):
-    """`attention` with kernels that run on the CPU, as on a device of 16 multiprocessors."""
+    """`attention` with kernels that run on the CPU."""
     count = iter(range(100))
     monkeypatch.setattr(attention, "load", lambda code, device: Emulated(code, tmp_path / str(next(count))))
-    monkeypatch.setattr(attention, "_multiprocessors", lambda device: 16)
     attention._ready.cache_clear(), shape_for.cache_clear()
     yield
     attention._ready.cache_clear(), shape_for.cache_clear()
 
 
 @needs_compiler
-@pytest.mark.parametrize("run", [16, 256])
+@pytest.mark.parametrize(
+    ("limits", "run"),
+    [(SMALL, 512), (SMALL, 16), (replace(SMALL, has_clusters=True), 4), (Limits(132, 99 << 10, has_clusters=True), 1)],
+    ids=["alone", "runs", "clusters and runs", "large clusters"],
+)
 @pytest.mark.parametrize(("heads", "key_heads", "size", "positions", "capacity", "window", "dtype", "norm"), CASES)
 def test_the_kernels_source_computes_the_twin(
-    emulated, monkeypatch, heads, key_heads, size, positions, capacity, window, dtype, norm, run
+    emulated, monkeypatch, heads, key_heads, size, positions, capacity, window, dtype, norm, limits, run
 ):
     monkeypatch.setattr(attention, "_FEWEST_POSITIONS", run)
+    monkeypatch.setattr(attention, "_limits", lambda device: limits)
     given = inputs(heads, key_heads, size, positions, capacity, dtype, norm)
     *rest, keys, values = given
     expected_keys, expected_values = keys.clone(), values.clone()
     expected_keys[expected_keys.isnan()] = expected_values[expected_values.isnan()] = 0
     expected = twin(*rest, expected_keys, expected_values, size**-0.5, window)
-    shape = shape_for(heads, key_heads, size, len(positions), capacity, 16)
-    assert (shape.splits > 1) == (run < capacity and 2 * shape.key_heads * shape.groups * len(positions) <= 16)
+    shape = shape_for(heads, key_heads, size, len(positions), capacity, limits)
     workspace = torch.zeros(shape.workspace_words(len(positions)) + 4, dtype=torch.int32)
     counters = len(positions) * key_heads * shape.groups
     for _ in range(2):  # the second time counters are as the first left them
@@ -124,26 +133,37 @@ def test_the_twin_is_causal_attention_of_the_whole_sequence():
 @pytest.mark.parametrize(("heads", "key_heads", "size"), [(32, 8, 128), (28, 4, 128), (16, 8, 64), (8, 1, 256)])
 def test_every_shape_compiles(arch, batch, heads, key_heads, size):
     pytest.importorskip("cuda.core", reason='kernels are compiled by cuda-core: pip install "msq[cuda]"')
-    shape = shape_for(heads, key_heads, size, batch, 4096, 132)
+    limits = H200 if int(arch.removeprefix("sm_")) >= 90 else A100
+    shape = shape_for(heads, key_heads, size, batch, 4096, limits)
     assert compile_source(shape.source(torch.bfloat16, norm=True), arch)
 
 
-def test_blocks_cover_all_heads_and_fill_the_device():
+@pytest.mark.parametrize("limits", [H200, A100])
+def test_blocks_cover_all_heads_and_fill_the_device(limits):
     for heads, key_heads in ((32, 8), (28, 4), (64, 8), (40, 40), (24, 2), (71, 71), (22, 2)):
         for batch in (1, 4, 16):
-            shape = shape_for(heads, key_heads, 128, batch, 16384, 132)
+            shape = shape_for(heads, key_heads, 128, batch, 1 << 20, limits)
             assert shape.key_heads * shape.groups * shape.group == heads
-            assert shape.splits == 1 or shape.blocks(batch) <= 132
-            assert 2 * shape.blocks(batch) > 132 or shape.splits in (32, 16384 // 256)
-    assert shape_for(32, 8, 128, 1, 4096, 132).splits == 16 and shape_for(32, 8, 128, 1, 257, 132).splits == 2
+            assert shape.splits == shape.cluster == 1 or shape.blocks(batch) <= limits.multiprocessors
+            assert 4 * shape.blocks(batch) > limits.multiprocessors or shape.splits == 32
+
+
+def test_few_positions_meet_in_clusters_and_many_in_memory():
+    def division(batch, capacity, limits):
+        shape = shape_for(32, 8, 128, batch, capacity, limits)
+        return shape.cluster, shape.splits
+
+    assert division(1, 4096, H200) == (8, 1) and division(2, 4096, H200) == (4, 1)
+    assert division(8, 512, H200) == (1, 1) and division(8, 513, H200) == (1, 2)
+    assert division(1, 512, A100) == (1, 1) and division(1, 4096, A100) == (1, 8)
 
 
 def test_what_does_not_fit_says_so():
     assert unsupported_reason(32, 8, 128) is None
     with pytest.raises(KernelError, match="got 20"):
-        shape_for(4, 4, 20, 1, 64, 132)
+        shape_for(4, 4, 20, 1, 64, H200)
     with pytest.raises(KernelError, match="got 5 and 2"):
-        shape_for(5, 2, 64, 1, 64, 132)
+        shape_for(5, 2, 64, 1, 64, H200)
     q, k, v, turning, positions, keys, values = inputs(4, 2, 32, (3,), 8, torch.float16, False)
     with pytest.raises(QuantizerError, match="int32 positions"):
         twin(q, k, v, turning, positions.long(), keys, values, 1.0, 0)

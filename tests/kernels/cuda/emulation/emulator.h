@@ -1,6 +1,8 @@
-// Runs a CUDA kernel on one CPU thread: a fiber for each thread of a block, block after block. Barriers wait for the
-// whole block and exchanges for the whole warp; a kernel whose threads don't all come stops with a message.
+// Runs a CUDA kernel on the CPU: a fiber for each thread of a block, block after block, or cluster after cluster with a CPU
+// thread for each of its blocks. Barriers wait for the whole block and exchanges for the whole warp; a kernel whose threads
+// don't all come stops with a message.
 #pragma once
+#include <pthread.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -9,25 +11,26 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <thread>
 #include <vector>
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local
 #define __syncthreads() emulator::barrier()
 #define __shfl_xor_sync(lanes, value, lane_mask) emulator::shuffle(value, lane_mask)
 
 struct Index {
     unsigned x = 0, y = 0, z = 0;
 };
-inline Index threadIdx, blockIdx, blockDim, gridDim;
-alignas(128) inline unsigned char dynamic_shared[228 << 10];
+inline thread_local Index threadIdx, blockIdx, blockDim, gridDim;
+alignas(128) inline thread_local unsigned char dynamic_shared[228 << 10];
 
 namespace emulator {
 
-enum State { RUNNING, AT_BARRIER, AT_EXCHANGE, DONE };
+enum State { RUNNING, AT_BARRIER, AT_CLUSTER_BARRIER, AT_EXCHANGE, DONE };
 constexpr size_t STACK_BYTES = 256 << 10;
 
 struct Copy {
@@ -46,10 +49,15 @@ struct Fiber {
     CopyGroups copies;
 };
 
-inline std::vector<Fiber> fibers;
-inline ucontext_t scheduler;
-inline unsigned current;
+inline thread_local std::vector<Fiber> fibers;
+inline thread_local ucontext_t scheduler;
+inline thread_local unsigned current;
 inline std::function<void()> body;
+
+// Blocks of the cluster that runs. What is shared in a block is local to its CPU thread, as far from `anchor` in all of them.
+inline thread_local char anchor;
+inline std::vector<char*> anchors;
+inline pthread_barrier_t cluster_barrier;
 
 inline void yield(State state) {
     unsigned self = current;
@@ -58,6 +66,14 @@ inline void yield(State state) {
 }
 
 inline void barrier() { yield(AT_BARRIER); }
+
+inline void wait_for_cluster() { yield(AT_CLUSTER_BARRIER); }
+
+// Where block `rank` of the cluster has what is `place` in this one.
+template <class Value>
+Value* in_cluster(const Value* place, unsigned rank) {
+    return (Value*)(anchors[rank] + ((const char*)place - &anchor));
+}
 
 inline CopyGroups& copies() { return fibers[current].copies; }
 
@@ -133,6 +149,10 @@ inline void run_block(unsigned threads) {
             while (run_warp(warp)) moved = true;
         }
         if (all_in(AT_BARRIER, 0, threads)) release(0, threads), moved = true;
+        if (all_in(AT_CLUSTER_BARRIER, 0, threads)) {
+            pthread_barrier_wait(&cluster_barrier);
+            release(0, threads), moved = true;
+        }
         if (!moved) {
             std::fprintf(stderr, "block %u: not all threads reach the same barrier or exchange\n", blockIdx.x);
             std::abort();
@@ -140,20 +160,42 @@ inline void run_block(unsigned threads) {
     }
 }
 
+inline void run_block_of(unsigned grid, unsigned threads, unsigned block) {
+    if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
+    gridDim.x = grid, gridDim.y = 1, blockDim.x = threads, blockIdx.x = block;
+    std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN: nothing is left of the block before
+    run_block(threads);
+}
+
+inline void run_cluster(unsigned grid, unsigned threads, unsigned first, unsigned cluster) {
+    anchors.assign(cluster, nullptr);
+    pthread_barrier_init(&cluster_barrier, nullptr, cluster);
+    std::vector<std::thread> blocks;
+    for (unsigned rank = 0; rank < cluster; ++rank) {
+        blocks.emplace_back([=] {
+            anchors[rank] = &anchor;
+            run_block_of(grid, threads, first + rank);
+        });
+    }
+    for (std::thread& block : blocks) block.join();
+    pthread_barrier_destroy(&cluster_barrier);
+}
+
 template <class... Args, size_t... N>
-void run(void (*kernel)(Args...), unsigned grid, unsigned block, void** args, std::index_sequence<N...>) {
-    if (fibers.size() < block) fibers = std::vector<Fiber>(block);
-    gridDim.x = grid, gridDim.y = 1, blockDim.x = block;
+void run(void (*kernel)(Args...), unsigned grid, unsigned threads, unsigned cluster, void** args, std::index_sequence<N...>) {
     body = [&] { kernel(*(Args*)args[N]...); };
-    for (blockIdx.x = 0; blockIdx.x < grid; ++blockIdx.x) {
-        std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN: nothing is left of the block before
-        run_block(block);
+    for (unsigned block = 0; block < grid; block += cluster) {
+        if (cluster > 1) {
+            run_cluster(grid, threads, block, cluster);
+        } else {
+            run_block_of(grid, threads, block);
+        }
     }
 }
 
 template <class... Args>
-void run(void (*kernel)(Args...), unsigned grid, unsigned block, void** args) {
-    run(kernel, grid, block, args, std::index_sequence_for<Args...>());
+void run(void (*kernel)(Args...), unsigned grid, unsigned threads, unsigned cluster, void** args) {
+    run(kernel, grid, threads, cluster, args, std::index_sequence_for<Args...>());
 }
 
 }  // namespace emulator

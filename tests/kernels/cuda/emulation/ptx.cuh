@@ -42,6 +42,9 @@ inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 inline void wait_for_previous_kernels() {}
 inline void allow_next_kernel() {}
+inline void cluster_arrive() {}
+inline void cluster_wait() { emulator::wait_for_cluster(); }
+inline void store_in_cluster(const float* place, u32 rank, float value) { *emulator::in_cluster(place, rank) = value; }
 
 // For the kernels with tensor-core multiplications.
 #define WITHOUT 0
@@ -53,7 +56,7 @@ inline void allow_next_kernel() {}
 #define DYNAMIC_SHARED(name) u8* name = dynamic_shared
 using std::max;
 using std::min;
-using std::fmax;
+
 
 inline int lane_index() { return threadIdx.x & 31; }
 inline void stop_kernel() { std::abort(); }
@@ -119,7 +122,7 @@ inline void store_shared(u32 offset, const Words2& words) { std::memcpy(dynamic_
 inline void store_shared(u32 offset, u32 word) { std::memcpy(dynamic_shared + offset, &word, sizeof word); }
 inline u32 load_global(const u32* pointer) { return *pointer; }
 inline void store_global(u32* pointer, u32 value) { *pointer = value; }
-inline u32 count_up(u32* counter) { return (*counter)++; }
+inline u32 count_up(u32* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_SEQ_CST); }
 inline float exp2_fast(float power) { return std::exp2(power); }
 // Copies arrive as late as they may: when the lane that asked for them waits.
 inline void copy_async(u32 offset, const void* from) { emulator::copies().back().push_back({offset, from, 16}); }

@@ -125,7 +125,7 @@ class Kernel:
             grid, block: blocks, and threads of a block.
             args: in the order of the kernel's parameters; tensors must live on this device.
             shared_bytes: dynamic shared memory of a block.
-            cluster: neighbouring blocks that run at once and reach each other's shared memory, which divides the grid; more
+            cluster: neighbouring blocks that run at once and reach each other's shared memory; they divide the grid. More
                 than 1 from sm_90 on.
             stream: None for torch's current stream of this device.
             programmatic: may start before the kernel ahead of it has ended (programmatic dependent launch); the kernel

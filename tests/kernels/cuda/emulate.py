@@ -32,11 +32,23 @@ class Emulated:
             (folder / stand_in.name).write_text(stand_in.read_text())
         (folder / "main.cpp").write_text(
             f'#include "{source.file}"\n'
-            'extern "C" __attribute__((visibility("default"))) void launch(unsigned grid, unsigned block, unsigned cluster, void** args) '
+            'extern "C" __attribute__((visibility("default")))\n'
+            "void launch(unsigned grid, unsigned block, unsigned cluster, void** args) "
             f"{{ emulator::run({source.entry}, grid, block, cluster, args); }}\n"
         )
-        # -fvisibility: each library has its own variables, which `inline` ones are else shared with those loaded before
-        command = [str(COMPILER), "-std=c++17", "-O1", "-w", "-pthread", "-fvisibility=hidden", "-shared", "-fPIC", "-o", "kernel.so", "main.cpp"]
+        command = [
+            str(COMPILER),
+            "-std=c++17",
+            "-O1",
+            "-w",
+            "-pthread",
+            "-shared",
+            "-fPIC",
+            "-o",
+            "kernel.so",
+            "main.cpp",
+        ]
+        command.append("-fvisibility=hidden")  # else `inline` variables are shared with the libraries loaded before
         command += [f"-D{name}={value}" for name, value in source.macros]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{source}\n{done.stderr}"

@@ -3,11 +3,12 @@
     python -m msq.experiments.bench_layers --out results/layers.csv      under two minutes, kernels in cache or not
 
 Rows (`what`): `rotate`, `rotate_normed`, `rotate_added`, `rotate_gated` (input in the second-level cache, as it is in a
-model), `attend` (a step of attention, keys from memory),
-`divide` (rotations of one row under other divisions of work), `layer` (rotation and product through the operators,
-weights from memory), `multiply` (the product alone), `decode`, `dequantize`, `cublas` (where decoding stops to pay),
-`host` (the processor's time for one call of an operator), `compile` and `cached` (first use of a kernel by a process,
-without and with the file in the cache). Medians over replays of a CUDA graph, but for the last three.
+model), `attend` (a step of attention, turning and cache included, keys from memory) beside `sdpa` (torch's attention of
+turned queries over the same keys), `divide` (rotations of one row under other divisions of work), `layer` (rotation and
+product through the operators, weights from memory), `multiply` (the product alone), `decode`, `dequantize`, `cublas`
+(where decoding stops to pay), `host` (the processor's time for one call of an operator), `compile` and `cached` (first
+use of a kernel by a process, without and with the file in the cache). Medians over replays of a CUDA graph, but for the
+last three.
 """
 
 from __future__ import annotations
@@ -85,17 +86,25 @@ def rotations(device: torch.device) -> Iterator[Row]:
 def attentions(device: torch.device) -> Iterator[Row]:
     """A step of attention as in Llama-3.1-8B, the caches of 32 blocks in turn, so that keys come from memory."""
     heads, key_heads, size = 32, 8, 128
-    for batch, context in itertools.product((1, 8), (256, 4096)):
+    for batch, context in ((1, 256), (1, 1024), (1, 4096), (1, 32768), (8, 256), (8, 4096), (16, 1024)):
         capacity = context + 16
         caches = torch.randn(32, 2, batch, key_heads, capacity, size, device=device, dtype=torch.float16)
         q = torch.randn(batch, heads * size, device=device).half()
         k, v = torch.randn(2, batch, key_heads * size, device=device).half()
         angles = torch.rand(capacity, size // 2, device=device)
-        positions = torch.full((batch,), context, dtype=torch.int32, device=device)
+        positions = torch.full((batch,), context - 1, dtype=torch.int32, device=device)
         given = q, k, v, attention.Turning(angles.cos(), angles.sin()), positions
         workspace = attention.new_workspace(heads, key_heads, size, batch, capacity, device)
+        torch.cuda.synchronize()
         calls = [partial(attention.attend, *given, *cache, scale=0.1, workspace=workspace) for cache in caches]
-        yield row("attend", "32/8 heads of 128", batch, time_launches(calls), f"context={context}")
+        name, detail = "32/8 heads of 128", f"context={context}"
+        yield row("attend", name, batch, time_launches(calls), detail)
+        turned = q.view(batch, heads, 1, size)
+        calls = [
+            partial(F.scaled_dot_product_attention, turned, *cache[..., :context, :], scale=0.1, enable_gqa=True)
+            for cache in caches
+        ]
+        yield row("sdpa", name, batch, time_launches(calls), detail)
 
 
 def divisions(device: torch.device) -> Iterator[Row]:

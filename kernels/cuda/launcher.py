@@ -125,8 +125,8 @@ class Kernel:
             grid, block: blocks, and threads of a block.
             args: in the order of the kernel's parameters; tensors must live on this device.
             shared_bytes: dynamic shared memory of a block.
-            cluster: neighbouring blocks that run at once and reach each other's shared memory; they divide the grid. More
-                than 1 from sm_90 on.
+            cluster: neighbouring blocks that run at once and reach each other's shared memory; a divisor of the
+                grid, and 1 below sm_90.
             stream: None for torch's current stream of this device.
             programmatic: may start before the kernel ahead of it has ended (programmatic dependent launch); the kernel
                 must then wait by ``griddepcontrol.wait`` before it reads what that one wrote. Below sm_90, where the

@@ -12,6 +12,7 @@ import pytest
 import torch
 from msq.kernels.cuda import compiler, cubin_cache, jit
 from msq.kernels.cuda.jit import ARCHITECTURES, Source, compile_cubin, compiler_version
+from msq.kernels.cuda.launcher import _in_clusters
 from msq.kernels.errors import KernelError
 
 pytest.importorskip("cuda.core", reason='kernels are compiled by cuda-core: pip install "msq[cuda]"')
@@ -179,3 +180,9 @@ def test_the_cost_of_a_first_use_is_logged(source, caplog, cache):
         )
     assert len(caplog.messages) == 2
     assert caplog.messages[0].startswith("compiled scale.cu:scale -DEXTRA=1 for sm_90 in")
+
+
+def test_a_grid_of_blocks_is_counted_in_clusters():
+    assert _in_clusters(16, 8) == (2,) and _in_clusters((16, 3), 4) == (4, 3)
+    with pytest.raises(KernelError, match="a multiple of 8 blocks; got 12"):
+        _in_clusters(12, 8)

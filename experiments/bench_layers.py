@@ -100,10 +100,8 @@ def attentions(device: torch.device) -> Iterator[Row]:
         name, detail = "32/8 heads of 128", f"context={context}"
         yield row("attend", name, batch, time_launches(calls), detail)
         turned = q.view(batch, heads, 1, size)
-        calls = [
-            partial(F.scaled_dot_product_attention, turned, *cache[..., :context, :], scale=0.1, enable_gqa=True)
-            for cache in caches
-        ]
+        attend = partial(F.scaled_dot_product_attention, scale=0.1, enable_gqa=True)
+        calls = [partial(attend, turned, *cache[..., :context, :]) for cache in caches]
         yield row("sdpa", name, batch, time_launches(calls), detail)
 
 

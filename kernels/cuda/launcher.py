@@ -139,8 +139,15 @@ class Kernel:
             raise KernelError(f"{self.name} takes {self._parameters} arguments; got {len(args)}.")
         if torch.cuda.current_device() != self.index:
             with torch.cuda.device(self.index):
-                options = {"cluster": cluster, "stream": stream, "programmatic": programmatic}
-                self.launch(grid, block, args, shared_bytes=shared_bytes, **options)
+                self.launch(
+                    grid,
+                    block,
+                    args,
+                    shared_bytes=shared_bytes,
+                    cluster=cluster,
+                    stream=stream,
+                    programmatic=programmatic,
+                )
             return
         _bind_thread(self._core, self.index)
         handle = _current_stream(self.index) if stream is None else stream.cuda_stream

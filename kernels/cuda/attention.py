@@ -33,6 +33,8 @@ _TILE_NUMBERS = 256
 """Of a key or value, for all tiles that a warp has under way: as many as a thread has registers for."""
 _MAX_SPLITS = 32
 _MAX_CLUSTER = 8
+_MOST_IN_CLUSTERS = 8192
+"""Capacity up to which clusters are faster; beyond, memory must be read by all multiprocessors, which they don't fill."""
 _MAX_WARPS = 8
 _FEWEST_POSITIONS = 512
 """Positions of a block for which further blocks are worth the joining through memory."""
@@ -129,9 +131,9 @@ def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: 
     group = next(g for g in range(min(sharing, limit), 0, -1) if sharing % g == 0)
     groups = sharing // group
     places = batch * key_heads * groups
-    half = limits.multiprocessors // 2
+    half, in_clusters = limits.multiprocessors // 2, limits.has_clusters and capacity <= _MOST_IN_CLUSTERS
     cluster = 1
-    while limits.has_clusters and cluster < _MAX_CLUSTER and 2 * cluster * places <= half:
+    while in_clusters and cluster < _MAX_CLUSTER and 2 * cluster * places <= half:
         cluster *= 2
     filling = (limits.multiprocessors if cluster == 1 else half) // (cluster * places)
     splits = max(1, min(filling, -(-capacity // (cluster * _FEWEST_POSITIONS)), _MAX_SPLITS))

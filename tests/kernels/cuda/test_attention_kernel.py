@@ -155,6 +155,7 @@ def test_few_positions_meet_in_clusters_and_many_in_memory():
 
     assert division(1, 4096, H200) == (8, 1) and division(2, 4096, H200) == (4, 1)
     assert division(8, 512, H200) == (1, 1) and division(8, 513, H200) == (1, 2)
+    assert division(1, 8193, H200) == (1, 16)
     assert division(1, 512, A100) == (1, 1) and division(1, 4096, A100) == (1, 8)
 
 

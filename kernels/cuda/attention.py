@@ -34,7 +34,7 @@ _TILE_NUMBERS = 256
 _MAX_SPLITS = 32
 _MAX_CLUSTER = 8
 _MOST_IN_CLUSTERS = 8192
-"""Capacity up to which clusters are faster; beyond, memory must be read by all multiprocessors, which they don't fill."""
+"""Capacity up to which clusters are faster; beyond, all multiprocessors must read, which clusters don't fill."""
 _MAX_WARPS = 8
 _FEWEST_POSITIONS = 512
 """Positions of a block for which further blocks are worth the joining through memory."""

@@ -22,6 +22,7 @@ from .cli_options import (
     Seed,
     TimeLimit,
     load,
+    named_path,
     note,
     print_json,
     split_names,
@@ -41,7 +42,7 @@ Constraints = Annotated[
         '"same:REGEX", "distinct=N" or "device:REGEX=AMOUNT" of memory; regular expressions on layers; repeatable.',
     ),
 ]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Draw a chart here (.png, .svg or .pdf).")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw a chart here (.png, .svg or .pdf).", parser=named_path)]
 
 _MOST_SHOWN = 8
 """Layers of a plan whose changes are printed."""
@@ -63,14 +64,17 @@ def plan(
     ] = 0,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(help="What `msq benchmark --json` printed: puts the profile's overheads right first; repeatable."),
+        typer.Option(
+            help="What `msq benchmark --json` printed: puts the profile's overheads right first; repeatable.",
+            parser=named_path,
+        ),
     ] = None,
     solver: Annotated[
         str | None, typer.Option(help="Backend; `msq doctor` lists them. Default: exact; scip with same/distinct.")
     ] = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the plan here (YAML).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here (YAML).", parser=named_path)] = None,
     json_output: Json = False,
 ) -> None:
     """Find the assignment of least loss within memory and latency budgets."""
@@ -169,12 +173,14 @@ def _print_stability(moved: Stability, layers: tuple[str, ...]) -> None:
 def frontier(
     profile: ProfileDir,
     resource: Annotated[str, typer.Option(help="memory or latency.")],
-    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.", parser=named_path)],
     plot: Plot = None,
     at: Annotated[
         str | None, typer.Option(help='Amounts to plan for, comma-separated: "3bpw,4GiB" or "200tps".')
     ] = None,
-    plan: Annotated[list[Path] | None, typer.Option("--plan", help="Plans to show; repeatable.")] = None,
+    plan: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Plans to show; repeatable.", parser=named_path)
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size, for latency.")] = 1,
     quantizers: Quantizers = None,
     implementations: Implementations = None,
@@ -274,7 +280,7 @@ def compare(
     rel_gap: Annotated[float, typer.Option(min=0, help="Relative gap at which a plan counts as optimal.")] = 1e-6,
     threads: Annotated[int, typer.Option(min=1, help="Most threads of a solver.")] = 1,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the comparison here (CSV).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the comparison here (CSV).", parser=named_path)] = None,
     plot: Plot = None,
     json_output: Json = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pandas as pd
 import pytest
@@ -345,6 +346,47 @@ def test_bad_input_is_one_sentence_and_exit_code_2(msq, profile, tmp_path, argum
     assert code == 2 and not out
     assert message in err and err.startswith("msq: ") and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+_REQUIRED = {
+    "profile": ["ref-tiny-3m", "--out", "{t}/p"],
+    "combine": ["--loss", "{p}", "--latency", "{p}", "--out", "{t}/p"],
+    "plan": ["--profile", "{p}", "--budget", "memory=4bpw"],
+    "frontier": ["--profile", "{p}", "--resource", "memory", "--out", "{t}/f.csv"],
+    "compare": ["--profile", "{p}", "--budget", "memory=4bpw", "--solvers", "greedy"],
+    "apply": ["{t}/none", "--plan", "{t}/none.yaml", "--out", "{t}/c"],
+    "check": ["{t}/none", "--model", "{t}/none", "--profile", "{p}"],
+    "evaluate": ["{t}/none", "--text", "{t}/none.txt"],
+    "benchmark": ["{t}/none"],
+    "demo": [],
+}
+
+
+def _path_options() -> list[tuple[str, str]]:
+    """Every command and option that takes a path."""
+    from msq.cli import app
+
+    found = []
+    for command in app.registered_commands:
+        hints = get_type_hints(command.callback)
+        names = (name for name, hint in hints.items() if hint in (Path, Path | None, list[Path] | None))
+        found += [(command.callback.__name__, f"--{name.replace('_', '-')}") for name in names if name != "checkpoint"]
+    return found
+
+
+@pytest.mark.parametrize(("command", "option"), _path_options())
+def test_an_empty_path_is_not_the_current_directory(msq, profile, tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)
+    given = [part.format(p=profile, t=tmp_path) for part in _REQUIRED[command]]
+    code, out, err = msq(command, *given, option, "")
+    assert code == 2 and not out and not list(tmp_path.iterdir())
+    assert err == "msq: expected the name of a file or directory, got an empty one; `.` is this directory.\n"
+
+
+@pytest.mark.parametrize("arguments", [["check", "", "--model", "m", "--profile", "p"], ["benchmark", ""]])
+def test_an_empty_checkpoint_is_not_the_current_directory(msq, arguments):
+    code, out, err = msq(*arguments)
+    assert code == 2 and not out and "got an empty one" in err
 
 
 def test_a_changed_profile_is_refused(msq, profile, tmp_path):

@@ -191,25 +191,30 @@ def frontier(
 ) -> None:
     """Every break point of least loss against memory or latency, beside uniform schemes and the ideal."""
     from .experiments.charts import frontier_chart
-    from .planner.constraints import parse_constraints
+    from .planner.constraints import broken_by, parse_constraints
     from .planner.errors import PlanError
     from .planner.frontier import frontier_table
     from .profiles.files import write_atomic
 
     _check_files(out, plot, [*_tables(profile), *(plan or ())])
     measured = load(profile)
+    plans, constraints = _labelled_plans(plan or (), measured), parse_constraints(constraint or ())
     table = frontier_table(
         measured,
         resource,
         batch_size=batch_size,
         at=split_names(at) or (),
-        plans=_labelled_plans(plan or (), measured),
+        plans=plans,
         quantizers=quantizers,
         implementations=split_names(implementations),
         fusion=fusion,
-        constraints=parse_constraints(constraint or ()),
+        constraints=constraints,
         time_limit=time_limit,
     )
+    for label, shown in plans.items():
+        if broken := broken_by(shown, measured, constraints):
+            texts = ", ".join(f'"{c.text}"' for c in broken)
+            note(f"msq: {label}: it breaks {texts}, which the rest of this frontier keeps.")
     for label in table.loc[table["series"] == "feasible", "label"]:
         note(f"msq: {label}: not proven optimal within {time_limit:g} s; it is in the series 'feasible'.")
     write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)

@@ -140,6 +140,21 @@ def test_frontier_keeps_plans_of_one_name_apart_and_knows_its_profile(msq, profi
     ]
 
 
+def test_frontier_says_which_plans_break_its_constraints(msq, profile, tmp_path):
+    shared = ["plan", "--profile", profile, "--out"]
+    low, high = tmp_path / "low.yaml", tmp_path / "high.yaml"
+    assert msq(*shared, low, "--budget", "memory=3.5bpw", "--constraint", "pin:down_proj=nuq-2")[0] == 0
+    assert msq(*shared, high, "--budget", "memory=5bpw", "--constraint", "pin:down_proj=nuq-4")[0] == 0
+    arguments = ["frontier", "--profile", profile, "--resource", "memory", "--out", tmp_path / "f.csv"]
+    arguments += ["--plan", low, "--plan", high, "--constraint", "min-bits:down_proj=3"]
+    code, _, err = msq(*arguments, "--constraint", "ban:down_proj=*-2", "--constraint", "max-bits:down_proj=4")
+    table = pd.read_csv(tmp_path / "f.csv")
+    assert code == 0 and table.loc[table["series"] == "plan", "label"].tolist() == ["low", "high"]
+    assert err.splitlines() == [
+        'msq: low: it breaks "min-bits:down_proj=3", "ban:down_proj=*-2", which the rest of this frontier keeps.'
+    ]
+
+
 def test_frontier_says_which_plans_are_not_proven(msq, profile, tmp_path, monkeypatch):
     from msq.planner import frontier
 

@@ -25,6 +25,7 @@ from .cli_options import (
     named_path,
     note,
     print_json,
+    refuse_given,
     split_names,
 )
 
@@ -171,6 +172,7 @@ def _print_stability(moved: Stability, layers: tuple[str, ...]) -> None:
 
 
 def frontier(
+    command: typer.Context,
     profile: ProfileDir,
     resource: Annotated[str, typer.Option(help="memory or latency.")],
     out: Annotated[Path, typer.Option(help="CSV file to write.", parser=named_path)],
@@ -196,6 +198,8 @@ def frontier(
     from .planner.frontier import frontier_table
     from .profiles.files import write_atomic
 
+    if resource == "memory":
+        refuse_given(command, ["batch_size"], "memory is the same at every batch size; leave it out.", PlanError)
     _check_files(out, plot, [*_tables(profile), *(plan or ())])
     measured = load(profile)
     plans, constraints = _labelled_plans(plan or (), measured), parse_constraints(constraint or ())

@@ -351,6 +351,10 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
             "a.yaml would replace what",
         ),
         (
+            ["frontier", "--profile", "{p}", "--resource", "memory", "--out", "{t}/f.csv", "--batch-size", "1"],
+            "--batch-size: memory is the same at every batch size; leave it out.",
+        ),
+        (
             ["frontier", "--profile", "{p}", "--resource", "latency", "--out", "{t}/f.csv", "--batch-size", "8"],
             "a frontier of latency at batch size 8 needs a profile that measured it; this one measured batch size 1.",
         ),

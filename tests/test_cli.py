@@ -402,6 +402,16 @@ def test_an_empty_path_is_not_the_current_directory(msq, profile, tmp_path, monk
     assert err == "msq: expected the name of a file or directory, got an empty one; `.` is this directory.\n"
 
 
+@pytest.mark.parametrize("kind", [[], ["--restart"], ["--latency-only", "--restart"]])
+def test_a_profile_does_not_mix_with_other_files(msq, tiny_llama, tmp_path, kind):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.txt").touch()
+    options = ["--out", tmp_path, "--quantizers", "nuq-2", "--context", 8, *kind]
+    code, out, err = msq("profile", tiny_llama / "config.json" if "--latency-only" in kind else tiny_llama, *options)
+    assert code == 2 and not out and [path.name for path in tmp_path.rglob("*")] == ["results", "mine.txt"]
+    assert err == f"msq: {tmp_path} holds results and no profile; choose a new or empty directory as --out.\n"
+
+
 @pytest.mark.parametrize("arguments", [["check", "", "--model", "m", "--profile", "p"], ["benchmark", ""]])
 def test_an_empty_checkpoint_is_not_the_current_directory(msq, arguments):
     code, out, err = msq(*arguments)

@@ -28,6 +28,7 @@ from .cli_options import (
     Seed,
     Window,
     Workers,
+    named_path,
     note,
     print_json,
     refuse_given,
@@ -92,7 +93,9 @@ def profile(
             "shipped shapes (llama-3.1-8b) will do."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Directory of the profile; an interrupted job goes on from it.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the profile; an interrupted job goes on from it.", parser=named_path)
+    ],
     device: Device = "cpu",
     quantizers: Quantizers = None,
     state_bits: Annotated[
@@ -204,7 +207,7 @@ app.command()(cli_checks.check)
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model or checkpoint.")],
-    text: Annotated[Path, typer.Option(help="Text to measure on, UTF-8.")],
+    text: Annotated[Path, typer.Option(help="Text to measure on, UTF-8.", parser=named_path)],
     reference: Annotated[str | None, typer.Option(help="Model to measure the KL divergence to.")] = None,
     window: Window = 512,
     windows: Annotated[int | None, typer.Option(min=1, help="Read at most so many windows; default: all.")] = None,
@@ -251,7 +254,8 @@ def doctor(json_output: Json = False) -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path, typer.Option(help="Directory for profile, plans and checkpoints; must be new or a demo's.")
+        Path,
+        typer.Option(help="Directory for profile, plans and checkpoints; must be new or a demo's.", parser=named_path),
     ] = Path("demo"),
 ) -> None:
     """The main job on the embedded model: profile, plan, apply, evaluate."""

@@ -19,6 +19,7 @@ from .cli_options import (
     Window,
     Workers,
     calibration_tokens,
+    named_path,
     note,
     print_json,
     refuse_given,
@@ -28,8 +29,8 @@ from .cli_options import (
 def apply(
     command: typer.Context,
     model: Annotated[str, typer.Argument(help="The model that was profiled.")],
-    plan: Annotated[Path, typer.Option("--plan", help="plan.yaml of `msq plan`.")],
-    out: Annotated[Path, typer.Option(help="Directory of the checkpoint; must not exist.")],
+    plan: Annotated[Path, typer.Option("--plan", help="plan.yaml of `msq plan`.", parser=named_path)],
+    out: Annotated[Path, typer.Option(help="Directory of the checkpoint; must not exist.", parser=named_path)],
     hessian: Annotated[
         bool, typer.Option("--hessian", help="Error feedback under Hessians of the calibration tokens.")
     ] = False,

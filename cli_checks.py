@@ -19,6 +19,7 @@ from .cli_options import (
     Tokens,
     Window,
     calibration_tokens,
+    named_path,
     note,
     print_json,
     refuse_given,
@@ -33,15 +34,20 @@ if TYPE_CHECKING:
 
 def check(
     command: typer.Context,
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of `msq apply`.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of `msq apply`.", parser=named_path)],
     model: Annotated[str, typer.Option(help="The model that was quantized.")],
     profile: ProfileDir,
-    on: Annotated[Path | None, typer.Option(help="Text to measure on, UTF-8; default: random tokens.")] = None,
+    on: Annotated[
+        Path | None, typer.Option(help="Text to measure on, UTF-8; default: random tokens.", parser=named_path)
+    ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 32,
     window: Window = 512,
     repair: Annotated[
         Path | None,
-        typer.Option(help="Where a promise is broken, solve again with measured values and build here; must be new."),
+        typer.Option(
+            help="Where a promise is broken, solve again with measured values and build here; must be new.",
+            parser=named_path,
+        ),
     ] = None,
     hessian: Annotated[
         bool, typer.Option("--hessian", help="Build what it is compared with as `apply --hessian` does.")

@@ -14,7 +14,19 @@ if TYPE_CHECKING:
     from .profiles.calibration import Calibration
     from .profiles.tables import Profile
 
-ProfileDir = Annotated[Path, typer.Option("--profile", help="Directory of a profile.")]
+
+def named_path(text: str | Path) -> Path:
+    """Reads a path of the command line; an empty one would be the current directory, which nobody named.
+
+    Raises:
+        FileNotFoundError: it is empty; no ValueError, of which typer would make a message of its own.
+    """
+    if not str(text):
+        raise FileNotFoundError("expected the name of a file or directory, got an empty one; `.` is this directory.")
+    return Path(text)
+
+
+ProfileDir = Annotated[Path, typer.Option("--profile", help="Directory of a profile.", parser=named_path)]
 Budgets = Annotated[
     list[str],
     typer.Option("--budget", help='"memory=3.25bpw", "memory=4.2GiB", "latency=5ms", "latency=200tps@8"; repeatable.'),
@@ -37,7 +49,7 @@ Workers = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
-CalibrationText = Annotated[Path | None, typer.Option("--text", help="Calibration text, UTF-8.")]
+CalibrationText = Annotated[Path | None, typer.Option("--text", help="Calibration text, UTF-8.", parser=named_path)]
 CalibrationSource = Annotated[
     str,
     typer.Option(

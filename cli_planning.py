@@ -22,8 +22,10 @@ from .cli_options import (
     Seed,
     TimeLimit,
     load,
+    named_path,
     note,
     print_json,
+    refuse_given,
     split_names,
 )
 
@@ -41,7 +43,7 @@ Constraints = Annotated[
         '"same:REGEX", "distinct=N" or "device:REGEX=AMOUNT" of memory; regular expressions on layers; repeatable.',
     ),
 ]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Draw a chart here (.png, .svg or .pdf).")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Draw a chart here (.png, .svg or .pdf).", parser=named_path)]
 
 _MOST_SHOWN = 8
 """Layers of a plan whose changes are printed."""
@@ -63,14 +65,17 @@ def plan(
     ] = 0,
     calibrate: Annotated[
         list[Path] | None,
-        typer.Option(help="What `msq benchmark --json` printed: puts the profile's overheads right first; repeatable."),
+        typer.Option(
+            help="What `msq benchmark --json` printed: puts the profile's overheads right first; repeatable.",
+            parser=named_path,
+        ),
     ] = None,
     solver: Annotated[
         str | None, typer.Option(help="Backend; `msq doctor` lists them. Default: exact; scip with same/distinct.")
     ] = None,
     time_limit: TimeLimit = 60.0,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the plan here (YAML).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan here (YAML).", parser=named_path)] = None,
     json_output: Json = False,
 ) -> None:
     """Find the assignment of least loss within memory and latency budgets."""
@@ -167,14 +172,17 @@ def _print_stability(moved: Stability, layers: tuple[str, ...]) -> None:
 
 
 def frontier(
+    command: typer.Context,
     profile: ProfileDir,
     resource: Annotated[str, typer.Option(help="memory or latency.")],
-    out: Annotated[Path, typer.Option(help="CSV file to write.")],
+    out: Annotated[Path, typer.Option(help="CSV file to write.", parser=named_path)],
     plot: Plot = None,
     at: Annotated[
         str | None, typer.Option(help='Amounts to plan for, comma-separated: "3bpw,4GiB" or "200tps".')
     ] = None,
-    plan: Annotated[list[Path] | None, typer.Option("--plan", help="Plans to show; repeatable.")] = None,
+    plan: Annotated[
+        list[Path] | None, typer.Option("--plan", help="Plans to show; repeatable.", parser=named_path)
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size, for latency.")] = 1,
     quantizers: Quantizers = None,
     implementations: Implementations = None,
@@ -185,25 +193,32 @@ def frontier(
 ) -> None:
     """Every break point of least loss against memory or latency, beside uniform schemes and the ideal."""
     from .experiments.charts import frontier_chart
-    from .planner.constraints import parse_constraints
+    from .planner.constraints import broken_by, parse_constraints
     from .planner.errors import PlanError
     from .planner.frontier import frontier_table
     from .profiles.files import write_atomic
 
+    if resource == "memory":
+        refuse_given(command, ["batch_size"], "memory is the same at every batch size; leave it out.", PlanError)
     _check_files(out, plot, [*_tables(profile), *(plan or ())])
     measured = load(profile)
+    plans, constraints = _labelled_plans(plan or (), measured), parse_constraints(constraint or ())
     table = frontier_table(
         measured,
         resource,
         batch_size=batch_size,
         at=split_names(at) or (),
-        plans=_labelled_plans(plan or (), measured),
+        plans=plans,
         quantizers=quantizers,
         implementations=split_names(implementations),
         fusion=fusion,
-        constraints=parse_constraints(constraint or ()),
+        constraints=constraints,
         time_limit=time_limit,
     )
+    for label, shown in plans.items():
+        if broken := broken_by(shown, measured, constraints):
+            texts = ", ".join(f'"{c.text}"' for c in broken)
+            note(f"msq: {label}: it breaks {texts}, which the rest of this frontier keeps.")
     for label in table.loc[table["series"] == "feasible", "label"]:
         note(f"msq: {label}: not proven optimal within {time_limit:g} s; it is in the series 'feasible'.")
     write_atomic(out, table.to_csv(index=False, lineterminator="\n"), PlanError)
@@ -274,7 +289,7 @@ def compare(
     rel_gap: Annotated[float, typer.Option(min=0, help="Relative gap at which a plan counts as optimal.")] = 1e-6,
     threads: Annotated[int, typer.Option(min=1, help="Most threads of a solver.")] = 1,
     seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Write the comparison here (CSV).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the comparison here (CSV).", parser=named_path)] = None,
     plot: Plot = None,
     json_output: Json = False,
 ) -> None:

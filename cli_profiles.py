@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_options import Json, load, note, print_json
+from .cli_options import Json, load, named_path, note, print_json
 
 if TYPE_CHECKING:
     from .kernels.specs import QuantizerSpec
@@ -17,11 +17,17 @@ if TYPE_CHECKING:
 
 
 def combine(
-    loss: Annotated[Path, typer.Option(help="Profile with the losses of the model, measured anywhere.")],
-    latency: Annotated[
-        Path, typer.Option(help="Profile of the target GPU for the same shapes, or a shipped one: h200/llama-3.1-8b.")
+    loss: Annotated[
+        Path, typer.Option(help="Profile with the losses of the model, measured anywhere.", parser=named_path)
     ],
-    out: Annotated[Path, typer.Option(help="Directory of the joined profile; must not exist.")],
+    latency: Annotated[
+        Path,
+        typer.Option(
+            help="Profile of the target GPU for the same shapes, or a shipped one: h200/llama-3.1-8b.",
+            parser=named_path,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the joined profile; must not exist.", parser=named_path)],
     sensitivity: Annotated[
         list[str] | None,
         typer.Option(help='"LAYER=VALUE" for a layer that only the latency profile has, such as lm_head; repeatable.'),

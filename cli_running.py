@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cli_options import Device, Json, print_json
+from .cli_options import Device, Json, named_path, print_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,7 +51,9 @@ def benchmark(
         str,
         typer.Argument(help="Checkpoint; with --plan a config.json or shipped shapes, filled with random weights."),
     ],
-    plan: Annotated[Path | None, typer.Option("--plan", help="Plan to run on random weights of these shapes.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="Plan to run on random weights of these shapes.", parser=named_path)
+    ] = None,
     batch_size: Annotated[str, typer.Option(help='Sequences decoded together, e.g. "1,8".')] = "1",
     context: Annotated[int, typer.Option(min=1, help="Tokens in the cache.")] = 256,
     kernels: Annotated[bool, typer.Option("--kernels", help="Where a step's time goes, by kernel.")] = False,
@@ -106,7 +108,7 @@ def _subject(checkpoint: str, plan: Path | None, device: str, implementation: st
     from .profiles.shipped import resolve_config
 
     if plan is None:
-        model = load_checkpoint(Path(checkpoint), device=device, implementation=implementation)
+        model = load_checkpoint(named_path(checkpoint), device=device, implementation=implementation)
         return model, load_plan(Path(checkpoint) / PLAN_FILE)
     import torch
 

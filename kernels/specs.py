@@ -273,6 +273,18 @@ def every_quantizer(state_bits: int = DEFAULT_STATE_BITS) -> tuple[QuantizerSpec
     return tuple(specs)
 
 
+def names_another(label: str, spec: QuantizerSpec) -> bool:
+    """Whether a label is the name of another quantizer than `spec`; a label of someone's own names none.
+
+    Labels given before codes were named stand for HYB as well.
+    """
+    names = {spec.label}
+    if spec.has_trellis and spec.code is TrellisCode.HYB:
+        names.add(replace(spec, table_bits=DEFAULT_TABLE, code=TrellisCode.MAD).label)
+    lengths = range(LEAST_STATE_BITS, DEFAULT_STATE_BITS + 1)
+    return label not in names and any(label == s.label_with(length) for s in every_quantizer() for length in lengths)
+
+
 def match_labels(labels: Sequence[str], patterns: str | Iterable[str]) -> list[str]:
     """The labels that a comma-separated list of globs selects, in the order of `labels`.
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,10 +27,12 @@ import numpy.typing as npt
 
 from ..kernels.errors import QuantizerError
 from ..kernels.specs import match_labels
+from ..profiles.tables import Profile
 from ..solvers.problem import Problem
 from ..solvers.solution import Solution
 from .budget import parse_budget
 from .errors import PlanError
+from .plan import Plan
 from .problem_builder import BuiltProblem
 
 Booleans = npt.NDArray[np.bool_]
@@ -165,6 +167,27 @@ def constrain(built: BuiltProblem, constraints: Sequence[Constraint]) -> Constra
     caps = [(f"memory of {layers}", cap, covered) for layers, (cap, covered) in devices.items()]
     problem = _problem(built, columns, cover, caps, same, min(distinct, default=None))
     return Constrained(built, problem, columns, tuple(constraints))
+
+
+def broken_by(plan: Plan, profile: Profile, constraints: Iterable[Constraint]) -> list[Constraint]:
+    """The constraints on quantizers that a plan made before breaks: pin, ban, min-bits and max-bits.
+
+    Args:
+        profile: its labels are those that globs select; quantizers that it lacks go by the plan's own.
+    """
+    known = {profile.spec(label): label for label in profile.labels}
+    label_of = {label: known.get(plan.spec(label), label) for label in plan.quantizers}
+    return [constraint for constraint in constraints if not _kept(plan, label_of, profile.labels, constraint)]
+
+
+def _kept(plan: Plan, label_of: Mapping[str, str], labels: Sequence[str], constraint: Constraint) -> bool:
+    """Whether the quantizers of all layers that a constraint on quantizers selects are within it."""
+    used = {entry.quantizer for entry in plan.layers if re.search(constraint.layers, entry.layer)}
+    if constraint.kind in ("pin", "ban"):
+        listed = match_labels([*labels, *label_of.values()], constraint.value)
+        return all((label_of[label] in listed) == (constraint.kind == "pin") for label in used)
+    limit, bits = _number(constraint.text, constraint.value), [plan.spec(label).bits for label in used]
+    return all(b >= limit if constraint.kind == "min-bits" else b <= limit for b in bits)
 
 
 class _Cover:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..kernels.errors import QuantizerError
-from ..kernels.specs import DEFAULT_TABLE, Family, QuantizerSpec, TrellisCode
+from ..kernels.specs import DEFAULT_TABLE, Family, QuantizerSpec, TrellisCode, names_another
 from ..profiles.files import dump_yaml, read_yaml, validation_sentence, write_atomic
 from ..profiles.schema import Digest, ErrorKind, Name, check_schema_version
 from .errors import PlanError
@@ -247,7 +247,8 @@ def load_plan(path: str | Path) -> Plan:
     """Reads and checks a plan.
 
     Raises:
-        PlanError: the file is missing, not YAML, of a newer schema, or breaks a rule of `Plan`.
+        PlanError: the file is missing, not YAML, of a newer schema, breaks a rule of `Plan`, or has a quantizer by the
+            name of another one.
     """
     return parse_plan(read_yaml(Path(path), "plan", PlanError), str(path))
 
@@ -256,6 +257,13 @@ def parse_plan(value: dict[str, Any], where: str) -> Plan:
     """A plan from a mapping; `where` names its source in messages."""
     check_schema_version(value, where, SCHEMA_VERSION, PlanError)
     try:
-        return Plan.model_validate(value)
+        plan = Plan.model_validate(value)
     except ValidationError as cause:
         raise PlanError(validation_sentence(cause, where, _FIELDS)) from cause
+    for label in plan.quantizers:
+        spec = plan.spec(label)
+        if names_another(label, spec):
+            raise PlanError(
+                f"{where}: the quantizer '{label}' has the fields of {spec.label}; restore them, or plan anew."
+            )
+    return plan

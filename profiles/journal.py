@@ -15,23 +15,29 @@ from typing import Any
 
 from .errors import ProfileError
 from .files import try_lock
-from .schema import MANIFEST_FILE
+from .schema import MANIFEST_FILE, TABLES
 
 JOURNAL_FILE = "unfinished.jsonl"
 
 
 def make_directory(out: Path, *, restart: bool) -> None:
-    """Make the directory of a profile, unless a finished one is in it that is not to be replaced.
+    """Make the directory of a profile, unless a finished one is in it that is not to be replaced, or others' files.
 
     A manifest beside a journal is the profile that the journal led to: its job was interrupted while it cleaned up.
+    Tables without either are of a job that replaced a profile and ended before its first row.
 
     Raises:
-        ProfileError: it can't be made, or holds a profile.
+        ProfileError: it can't be made, holds a profile, or other files and none.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        # a dot: a write that was killed
+        held = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")}
     except OSError as cause:
         raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
+    others = sorted(held - {table.file for table in TABLES})
+    if others and not held & {MANIFEST_FILE, JOURNAL_FILE}:
+        raise ProfileError(f"{out} holds {others[0]} and no profile; choose a new or empty directory as --out.")
     if restart:
         (out / MANIFEST_FILE).unlink(missing_ok=True)
     elif (out / MANIFEST_FILE).exists() and not (out / JOURNAL_FILE).exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import get_type_hints
 
 import pandas as pd
 import pytest
@@ -136,6 +137,21 @@ def test_frontier_keeps_plans_of_one_name_apart_and_knows_its_profile(msq, profi
     assert code == 0 and table.loc[table["series"] == "plan", "label"].tolist() == [str(a), str(b), "other"]
     assert err.splitlines() == [
         f"msq: {c} was made from another profile; what it promises may not compare with this frontier."
+    ]
+
+
+def test_frontier_says_which_plans_break_its_constraints(msq, profile, tmp_path):
+    shared = ["plan", "--profile", profile, "--out"]
+    low, high = tmp_path / "low.yaml", tmp_path / "high.yaml"
+    assert msq(*shared, low, "--budget", "memory=3.5bpw", "--constraint", "pin:down_proj=nuq-2")[0] == 0
+    assert msq(*shared, high, "--budget", "memory=5bpw", "--constraint", "pin:down_proj=nuq-4")[0] == 0
+    arguments = ["frontier", "--profile", profile, "--resource", "memory", "--out", tmp_path / "f.csv"]
+    arguments += ["--plan", low, "--plan", high, "--constraint", "min-bits:down_proj=3"]
+    code, _, err = msq(*arguments, "--constraint", "ban:down_proj=*-2", "--constraint", "max-bits:down_proj=4")
+    table = pd.read_csv(tmp_path / "f.csv")
+    assert code == 0 and table.loc[table["series"] == "plan", "label"].tolist() == ["low", "high"]
+    assert err.splitlines() == [
+        'msq: low: it breaks "min-bits:down_proj=3", "ban:down_proj=*-2", which the rest of this frontier keeps.'
     ]
 
 
@@ -335,6 +351,10 @@ def test_an_infeasible_budget_exits_with_3_and_names_what_is_reachable(msq, prof
             "a.yaml would replace what",
         ),
         (
+            ["frontier", "--profile", "{p}", "--resource", "memory", "--out", "{t}/f.csv", "--batch-size", "1"],
+            "--batch-size: memory is the same at every batch size; leave it out.",
+        ),
+        (
             ["frontier", "--profile", "{p}", "--resource", "latency", "--out", "{t}/f.csv", "--batch-size", "8"],
             "a frontier of latency at batch size 8 needs a profile that measured it; this one measured batch size 1.",
         ),
@@ -345,6 +365,57 @@ def test_bad_input_is_one_sentence_and_exit_code_2(msq, profile, tmp_path, argum
     assert code == 2 and not out
     assert message in err and err.startswith("msq: ") and len(err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+_REQUIRED = {
+    "profile": ["ref-tiny-3m", "--out", "{t}/p"],
+    "combine": ["--loss", "{p}", "--latency", "{p}", "--out", "{t}/p"],
+    "plan": ["--profile", "{p}", "--budget", "memory=4bpw"],
+    "frontier": ["--profile", "{p}", "--resource", "memory", "--out", "{t}/f.csv"],
+    "compare": ["--profile", "{p}", "--budget", "memory=4bpw", "--solvers", "greedy"],
+    "apply": ["{t}/none", "--plan", "{t}/none.yaml", "--out", "{t}/c"],
+    "check": ["{t}/none", "--model", "{t}/none", "--profile", "{p}"],
+    "evaluate": ["{t}/none", "--text", "{t}/none.txt"],
+    "benchmark": ["{t}/none"],
+    "demo": [],
+}
+
+
+def _path_options() -> list[tuple[str, str]]:
+    """Every command and option that takes a path."""
+    from msq.cli import app
+
+    found = []
+    for command in app.registered_commands:
+        hints = get_type_hints(command.callback)
+        names = (name for name, hint in hints.items() if hint in (Path, Path | None, list[Path] | None))
+        found += [(command.callback.__name__, f"--{name.replace('_', '-')}") for name in names if name != "checkpoint"]
+    return found
+
+
+@pytest.mark.parametrize(("command", "option"), _path_options())
+def test_an_empty_path_is_not_the_current_directory(msq, profile, tmp_path, monkeypatch, command, option):
+    monkeypatch.chdir(tmp_path)
+    given = [part.format(p=profile, t=tmp_path) for part in _REQUIRED[command]]
+    code, out, err = msq(command, *given, option, "")
+    assert code == 2 and not out and not list(tmp_path.iterdir())
+    assert err == "msq: expected the name of a file or directory, got an empty one; `.` is this directory.\n"
+
+
+@pytest.mark.parametrize("kind", [[], ["--restart"], ["--latency-only", "--restart"]])
+def test_a_profile_does_not_mix_with_other_files(msq, tiny_llama, tmp_path, kind):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine.txt").touch()
+    options = ["--out", tmp_path, "--quantizers", "nuq-2", "--context", 8, *kind]
+    code, out, err = msq("profile", tiny_llama / "config.json" if "--latency-only" in kind else tiny_llama, *options)
+    assert code == 2 and not out and [path.name for path in tmp_path.rglob("*")] == ["results", "mine.txt"]
+    assert err == f"msq: {tmp_path} holds results and no profile; choose a new or empty directory as --out.\n"
+
+
+@pytest.mark.parametrize("arguments", [["check", "", "--model", "m", "--profile", "p"], ["benchmark", ""]])
+def test_an_empty_checkpoint_is_not_the_current_directory(msq, arguments):
+    code, out, err = msq(*arguments)
+    assert code == 2 and not out and "got an empty one" in err
 
 
 def test_a_changed_profile_is_refused(msq, profile, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from msq.planner.budget import parse_budgets
-from msq.planner.constraints import Constrained, constrain, parse_constraint, parse_constraints
+from msq.planner.constraints import Constrained, broken_by, constrain, parse_constraint, parse_constraints
 from msq.planner.errors import InfeasibleBudgetError, PlanError
 from msq.planner.infeasible import no_plan
 from msq.planner.plan import Plan
@@ -50,6 +50,20 @@ def test_pin_ban_and_bits(built) -> None:
         assert found[f"b{block}.o_proj"] not in ("tcq-4", "nuq-4")
         assert found[f"b{block}.q_proj"] in ("vq-3", "nuq-4", "tcq-4")
         assert found[f"b{block}.gate_proj"] in ("nuq-2", "tcq-2", "vq-3")
+
+
+def test_what_a_plan_breaks_goes_by_its_fields(built) -> None:
+    kept = (r"pin:^b0\.down=nuq-*", "ban:o_proj=tcq-*", "min-bits:q_proj=3", "max-bits:gate_proj$=3")
+    plan = plan_with(built, *kept)
+    assert not broken_by(plan, built.profile, parse_constraints([*kept, "pin:no_such_layer=vq-3"]))
+    texts = [r"pin:^b0\.down=vq-*,tcq-*", "ban:down=nuq-*", "min-bits:q_proj=4.5", "max-bits:q_proj=2"]
+    assert [c.text for c in broken_by(plan, built.profile, parse_constraints(texts))] == texts
+    renamed = {label: f"my {label}" for label in plan.quantizers}
+    layers = tuple(entry.model_copy(update={"quantizer": renamed[entry.quantizer]}) for entry in plan.layers)
+    quantizers = {renamed[label]: fields for label, fields in plan.quantizers.items()}
+    mine = plan.model_copy(update={"layers": layers, "quantizers": quantizers})
+    assert not broken_by(mine, built.profile, parse_constraints(kept))
+    assert [c.text for c in broken_by(mine, built.profile, parse_constraints(texts))] == texts
 
 
 def test_same_and_distinct(built) -> None:

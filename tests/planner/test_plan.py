@@ -77,6 +77,15 @@ def other_quantizer(value: dict[str, Any]) -> str:
     return next(label for label in value["quantizers"] if label != fused(value)["quantizer"])
 
 
+def quantizer(value: dict[str, Any]) -> dict[str, Any]:
+    """The fields of nuq-4, whether or not a layer has it."""
+    found: dict[str, Any] = value["quantizers"].setdefault("nuq-4", {"family": "nuq", "bits": 4.0, "table_bits": 0})
+    return found
+
+
+TRELLIS = {"family": "tcq", "bits": 3.0, "state_bits": 12, "table_bits": 0, "code": "mad"}
+
+
 def alone(entry: dict[str, Any]) -> None:
     entry["pattern"] = [entry["layer"]]
 
@@ -103,6 +112,11 @@ WRONG: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda v: v["quantizers"].pop(fused(v)["quantizer"]), "which is not among the plan's quantizers"),
     (lambda v: v["quantizers"][fused(v)["quantizer"]].update(bits=9), "quantizers.*: .* comes in .* got 9"),
     (lambda v: v["quantizers"][fused(v)["quantizer"]].update(family="gptq"), "family' is wrong: .*got 'gptq'"),
+    (lambda v: quantizer(v).update(bits=3.0), "'nuq-4' has the fields of nuq-3; restore them, or plan anew"),
+    (lambda v: quantizer(v).update(family="int"), "the quantizer 'nuq-4' has the fields of int-4"),
+    (lambda v: v["quantizers"].update({"tcq-3-L12": TRELLIS | {"state_bits": 10}}), "the fields of tcq-3-L10"),
+    (lambda v: v["quantizers"].update({"tcq-3-L12": TRELLIS | {"code": "1mad"}}), "the fields of tcq-3-1mad-L12"),
+    (lambda v: v["quantizers"].update({"tcq-3-hyb-L12": TRELLIS}), "'tcq-3-hyb-L12' has the fields of tcq-3-L12"),
     (lambda v: v["profile"].update(digest="abc"), "'profile.digest' is wrong"),
     (lambda v: v["budgets"][0].update(cap=0), "'budgets.0.cap' is wrong: .*greater than 0; got 0"),
 ]  # fmt: skip
@@ -117,6 +131,14 @@ def test_wrong_plans_are_refused(path: Path, edit: Callable[[dict[str, Any]], ob
         load_plan(path)
     assert "plan.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["tcq-3-L12", "tcq-3-hyb-L12", "mine"])
+def test_labels_from_before_codes_and_of_ones_own_are_read(path: Path, label: str) -> None:
+    value = yaml.safe_load(path.read_text())
+    value["quantizers"][label] = {"family": "tcq", "bits": 3.0, "state_bits": 12}
+    path.write_text(yaml.safe_dump(value))
+    assert load_plan(path).spec(label) == QuantizerSpec(Family.TCQ, 3.0, 12, code=TrellisCode.HYB)
 
 
 @pytest.mark.parametrize(("content", "message"), [

@@ -1,6 +1,7 @@
 import pytest
 from msq.profiles.errors import ProfileError
-from msq.profiles.journal import Journal
+from msq.profiles.journal import JOURNAL_FILE, Journal, make_directory
+from msq.profiles.schema import MANIFEST_FILE
 
 JOB = {"model": "abc", "seed": 0}
 
@@ -59,6 +60,28 @@ def test_another_job_is_refused_by_name_of_what_differs(tmp_path):
 def test_two_processes_do_not_share_a_journal(tmp_path):
     with Journal(tmp_path / "rows", JOB), pytest.raises(ProfileError, match="another msq profile"):
         Journal(tmp_path / "rows", JOB)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_directory_of_others_is_left_alone(tmp_path, restart):
+    (tmp_path / "hessians").mkdir()
+    (tmp_path / "layers.csv").write_text("mine")
+    with pytest.raises(ProfileError, match=r"holds hessians and no profile; choose a new or empty directory"):
+        make_directory(tmp_path, restart=restart)
+    assert (tmp_path / "layers.csv").read_text() == "mine"
+    (tmp_path / JOURNAL_FILE).touch()
+    make_directory(tmp_path, restart=restart)
+
+
+def test_a_profile_is_replaced_beside_notes_and_after_a_restart_that_failed(tmp_path):
+    for name in (MANIFEST_FILE, "layers.csv", "plan.yaml"):
+        (tmp_path / name).touch()
+    make_directory(tmp_path, restart=True)
+    (tmp_path / "plan.yaml").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == ["layers.csv"]
+    make_directory(tmp_path, restart=False)
+    (tmp_path / "layers.csv").rename(tmp_path / ".layers.csv.0123456789abcdef")
+    make_directory(tmp_path, restart=False)
 
 
 def test_restart_drops_the_rows(tmp_path):

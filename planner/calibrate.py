@@ -2,8 +2,8 @@
 
 `msq benchmark --json` measures the step of a plan as it runs. A promise is ``overhead + sum of rows + products *
 product_us``: the rows were measured back to back, in a step a product waits for what is before it. Runs tell both terms
-by least squares of relative errors, and the profile's measured overhead, where the executor's own step was timed for
-it, counts as a run without products. Where all runs have one number of products, and there is no such overhead, the
+by least squares of relative errors, and the profile's measured overhead, where it is the executor's own step without
+products, counts as a run of none. Where all runs have one number of products, and there is no such overhead, the
 terms can't be told apart: products then cost their rows. The terms stand beside the measured overhead and every fit
 starts from that, so the same runs give the same terms however often.
 """
@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..profiles.files import read_bytes, validation_sentence
-from ..profiles.schema import STOCK_METHODS, CalibratedStep, LatencyPart
+from ..profiles.schema import WITHOUT_PRODUCTS, CalibratedStep, LatencyPart
 from ..profiles.shipped import is_shipped, resolve_profile
 from ..profiles.tables import Profile, save_profile
 from .errors import PlanError
@@ -155,12 +155,12 @@ def fit(profile: Profile, runs: Sequence[Run]) -> tuple[LatencyPart, list[Calibr
     measured = [
         _measured(profile, bare, part, number, run, step) for number, run in enumerate(runs) for step in run.steps
     ]
-    own_step = part.overhead_method is not None and part.overhead_method not in STOCK_METHODS.values()
+    without_products = part.overhead_method == WITHOUT_PRODUCTS
     calibrated = dict(part.calibrated or {})
     for batch in sorted({one.batch_size for one in measured}):
         here = [one for one in measured if one.batch_size == batch]
         number = len({one.run for one in here})
-        if own_step:
+        if without_products:
             here.append(_Measured(-1, batch, 0, 0.0, part.overhead_us[batch], part.overhead_us[batch]))
         overhead, product = _terms(here)
         if overhead < 0:

@@ -219,7 +219,7 @@ def _measure(
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
-    timer, method = timer_for(device), STOCK_METHODS[device.type] if overhead is None else overhead.method
+    timer, method = timer_for(device), (STOCK_METHODS if overhead is None else overhead.methods)[device.type]
     sensitivities, beside, dtype = _run_model(
         model_dir, layers, windows, settings, overhead, method, device, timer, journal
     )

@@ -115,7 +115,7 @@ def _measure(
     journal: Journal,
 ) -> Profile:
     layers, timer = info.layers, timer_for(device)
-    method = STOCK_METHODS[device.type] if overhead is None else overhead.method
+    method = (STOCK_METHODS if overhead is None else overhead.methods)[device.type]
     dtype = _DTYPES[layers[0].dtype] if device.type == "cuda" else torch.float32
     with monitored(device) as monitor:
         latencies = measure_latency(

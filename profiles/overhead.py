@@ -28,10 +28,10 @@ class StepOverhead(Protocol):
     """Another way to measure overheads, such as that of an executor that fuses more than the stock model.
 
     Attributes:
-        method: what a profile calls it.
+        methods: what a profile calls it, by kind of device.
     """
 
-    method: str
+    methods: Mapping[str, str]
 
     def __call__(
         self,

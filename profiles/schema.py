@@ -40,6 +40,9 @@ them."""
 STOCK_METHODS = {"cpu": "stock model", "cuda": "stock model in a CUDA graph"}
 """What a profile calls an overhead measured on the stock model, by kind of device; an executor's own is another."""
 
+WITHOUT_PRODUCTS = "decoding step without products"
+"""What one calls an overhead measured on its own step with all products left out."""
+
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(min_length=1)]
 Scalar = str | int | float | bool | None

@@ -10,8 +10,10 @@ import pytest
 from msq.planner.budget import parse_budgets
 from msq.planner.calibrate import Run, Step, calibrate, fit, load_run
 from msq.planner.errors import PlanError
+from msq.planner.executor.overhead import ExecutorOverhead
 from msq.planner.promise import step_latencies
 from msq.planner.solve import find_plan
+from msq.profiles.schema import WITHOUT_PRODUCTS
 from msq.profiles.shipped import resolve_profile
 from msq.profiles.tables import load_profile
 
@@ -37,8 +39,8 @@ def run(plan, **steps_us) -> Run:
 
 
 def of_an_executor(profile):
-    """The profile as an executor measures it: with the overhead of its own step, at the context of `run`."""
-    measured = {"overhead_method": "decoding step without products", "context": 64}
+    """The profile as an executor measures it: with the overhead of its own step alone, at the context of `run`."""
+    measured = {"overhead_method": WITHOUT_PRODUCTS, "context": 64}
     part = profile.manifest.latency.model_copy(update=measured)
     return replace(profile, manifest=profile.manifest.model_copy(update={"latency": part}))
 
@@ -83,6 +85,17 @@ def test_an_overhead_of_the_executor_counts_as_a_run_without_products(profile, t
     quicker = rows_us(single) + 20.0 - 0.2 * products(single)
     found, _ = fit(own, [run(single, b1=quicker)])  # overlaps more than back to back: no term is negative
     assert found.step_product_us[1] == 0.0 and 0 < found.step_overhead_us[1] < 20.0
+
+
+def test_an_overhead_less_the_products_is_no_run_of_none(profile):
+    fused, _ = plans(profile)
+    part = profile.manifest.latency.model_copy(
+        update={"overhead_method": ExecutorOverhead.methods["cuda"], "context": 64}
+    )
+    own = replace(profile, manifest=profile.manifest.model_copy(update={"latency": part}))
+    found, _ = fit(own, [run(fused, b1=rows_us(fused) + 20.0 + 0.5 * products(fused))])
+    assert found.step_product_us[1] == 0.0
+    assert found.step_overhead_us[1] == pytest.approx(20.0 + 0.5 * products(fused))
 
 
 @pytest.mark.parametrize("own", [True, False])

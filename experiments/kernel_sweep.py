@@ -81,7 +81,7 @@ def variants(spec: QuantizerSpec) -> Iterator[Tuning]:
 
 
 def default_cases(specs: list[QuantizerSpec], swept: list[QuantizerSpec], limits: Limits) -> Iterator[Case]:
-    """Chosen tunings: at batch 1, part by part, and at other batches."""
+    """Chosen tunings: at batch 1, part by part, and at other batches; what the tokens of 8 cost."""
 
     def chosen(
         spec: QuantizerSpec, shape: str, batch: int, mode: str = "cold", programmatic: bool = False
@@ -97,6 +97,8 @@ def default_cases(specs: list[QuantizerSpec], swept: list[QuantizerSpec], limits
     for spec, batch, shape in itertools.product(specs, (8, 16, 2, 4), SHAPES):
         if batch == 8 or spec in swept:
             yield from chosen(spec, shape, batch)
+    for spec, shape in itertools.product(swept, SHAPES):
+        yield from chosen(spec, shape, 8, "without tokens")
 
 
 def cases(specs: list[QuantizerSpec], swept: list[QuantizerSpec], limits: Limits) -> Iterator[Case]:

@@ -125,7 +125,7 @@ class CalibratedStep(_Part):
     """What a decoding step costs beside the rows of latency.csv, fitted to runs of plans (`planner.calibrate`).
 
     Attributes:
-        overhead_us: microseconds per step outside the planned layers.
+        overhead_us: microseconds per step beside the rows of its layers.
         product_us: microseconds that each product takes beyond its row, which was measured back to back with others.
         runs: how many runs were fitted.
         context: tokens in the cache of these runs.
@@ -142,7 +142,7 @@ class LatencyPart(_Part):
 
     Attributes:
         batch_sizes: tokens decoded together.
-        overhead_us: microseconds per step outside the planned layers as measured, one for each batch size.
+        overhead_us: microseconds that a step takes beside the rows of its layers as measured, one for each batch size.
         overhead_method: how it was measured: `STOCK_METHODS`, or an executor's own.
         context: tokens in the cache of that step.
         head_us, embedding_us: microseconds of the head and of the embedding's lookup in the model's own dtype, where
@@ -178,7 +178,7 @@ class LatencyPart(_Part):
 
     @property
     def step_overhead_us(self) -> dict[int, float]:
-        """µs per step outside the planned layers by batch size: calibrated where it is, else as measured."""
+        """µs per step beside the rows of its layers by batch size: calibrated where it is, else as measured."""
         return self.overhead_us | {batch: step.overhead_us for batch, step in (self.calibrated or {}).items()}
 
     @property

@@ -23,7 +23,6 @@ from torch import Tensor
 from ..errors import KernelError
 from .jit import Kernel, Source, load
 from .limits import Limits, device_index, device_limits
-from .rotation_plan import SHARED_LIMIT
 from .tuning import FORMATS
 
 MAX_HEAD_SIZE = 256
@@ -35,7 +34,7 @@ _MAX_SPLITS = 32
 _MAX_CLUSTER = 8
 _MOST_IN_CLUSTERS = 8192
 """Capacity up to which clusters are faster; beyond, all multiprocessors must read, which clusters don't fill."""
-_MAX_WARPS = 8
+_WARPS = 8
 _FEWEST_POSITIONS = 512
 """Positions of a block for which further blocks are worth the joining through memory."""
 
@@ -66,7 +65,6 @@ class Shape:
         groups: clusters for one key head.
         splits: runs of positions that different clusters take, at most; of few positions there are fewer runs.
         cluster: blocks of a cluster, which take parts of a run.
-        warps: warps of a block.
     """
 
     head_size: int
@@ -75,7 +73,6 @@ class Shape:
     key_heads: int
     splits: int
     cluster: int
-    warps: int
 
     def source(self, dtype: torch.dtype, norm: bool) -> Source:
         """The kernel."""
@@ -87,7 +84,7 @@ class Shape:
             "SPLITS": self.splits,
             "CHUNK": _FEWEST_POSITIONS * self.cluster,
             "CLUSTER": self.cluster,
-            "WARPS": self.warps,
+            "WARPS": _WARPS,
             "TILES": max(1, min(4, _TILE_NUMBERS // self.head_size)),
             "BFLOAT": FORMATS[dtype],
             "NORM": norm,
@@ -118,7 +115,7 @@ def unsupported_reason(heads: int, key_heads: int, head_size: int) -> str | None
 
 @cache
 def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: int, limits: Limits) -> Shape:
-    """A division of work that gives every multiprocessor its blocks where there are positions enough.
+    """A division of work that gives all multiprocessors a block, or with clusters half of them, given enough positions.
 
     Raises:
         KernelError: unsupported heads.
@@ -137,9 +134,7 @@ def shape_for(heads: int, key_heads: int, head_size: int, batch: int, capacity: 
         cluster *= 2
     filling = (limits.multiprocessors if cluster == 1 else half) // (cluster * places)
     splits = max(1, min(filling, -(-capacity // (cluster * _FEWEST_POSITIONS)), _MAX_SPLITS))
-    room = SHARED_LIMIT - 4 * (group + 2) * (head_size + 40)
-    warps = max(w for w in (1, 2, 4, _MAX_WARPS) if w == 1 or 4 * w * group * (head_size + 2) + 64 <= room)
-    return Shape(head_size, group, groups, key_heads, splits, cluster, warps)
+    return Shape(head_size, group, groups, key_heads, splits, cluster)
 
 
 def new_workspace(
@@ -220,5 +215,5 @@ def attend(
         workspace if shape.splits > 1 else None,
     )
     kernel = _ready(shape, q.dtype, turning.q_weight is not None, q.device)
-    kernel.launch(shape.blocks(batch), 32 * shape.warps, arguments, cluster=shape.cluster, programmatic=True)
+    kernel.launch(shape.blocks(batch), 32 * _WARPS, arguments, cluster=shape.cluster, programmatic=True)
     return out

@@ -10,6 +10,7 @@ take long, are left out of the step that is timed.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from torch import nn
 from ...kernels.specs import Family, QuantizerSpec
 from ...profiles.inventory import LayerInfo
 from ...profiles.journal import JOURNAL_FILE, Journal
-from ...profiles.latency import measure_latency
+from ...profiles.latency import measure_latency, monitored
 from ...profiles.models import load_config
 from ...profiles.schema import WITHOUT_PRODUCTS
 from ...profiles.timing import timer_for
@@ -65,8 +66,17 @@ class ExecutorOverhead:
 
 
 def less_products(model: nn.Module, products: dict[int, float], context: int) -> dict[int, float]:
-    """µs that a step of the model takes more than its products by themselves, by batch size; never less than none."""
-    return {batch: max(measure_step(model, batch, context).step_us - us, 0.0) for batch, us in products.items()}
+    """µs that a step takes more than its products by themselves, by batch size; for less 0, and a warning."""
+    found = {}
+    for batch, us in products.items():
+        found[batch] = measure_step(model, batch, context).step_us - us
+        if found[batch] < 0:
+            warnings.warn(
+                f"at batch size {batch} a step took {-found[batch]:.1f} us less than its products by themselves; its "
+                "overhead is taken for 0: profile again if something else ran on the GPU.",
+                stacklevel=2,
+            )
+    return {batch: max(us, 0.0) for batch, us in found.items()}
 
 
 def products_us(
@@ -83,7 +93,11 @@ def products_us(
         dtype: of the activations.
     """
     (quantizer,) = quantization.quantizers.values()
-    with TemporaryDirectory() as directory, Journal(Path(directory) / JOURNAL_FILE, {}) as journal:
+    with (
+        TemporaryDirectory() as directory,
+        Journal(Path(directory) / JOURNAL_FILE, {}) as journal,
+        monitored(device) as monitor,
+    ):
         rows = measure_latency(
             layers,
             (quantizer.spec(),),
@@ -92,6 +106,7 @@ def products_us(
             dtype=dtype,
             timer=timer_for(device),
             journal=journal,
+            monitor=monitor,
         )
     times: dict[tuple[str, int], float] = {}
     for row in rows:

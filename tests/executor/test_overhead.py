@@ -59,7 +59,29 @@ def test_the_step_less_its_products_is_the_overhead(monkeypatch):
         return StepTime(batch, context, 100.0 * batch, 0.0, 0.0, 0)
 
     monkeypatch.setattr(overhead, "measure_step", measured)
-    assert less_products(torch.nn.Identity(), {1: 40.0, 2: 40.0, 4: 500.0}, 32) == {1: 60.0, 2: 160.0, 4: 0.0}
+    with pytest.warns(UserWarning, match=r"batch size 4 a step took 100.0 us less"):
+        assert less_products(torch.nn.Identity(), {1: 40.0, 2: 40.0, 4: 500.0}, 32) == {1: 60.0, 2: 160.0, 4: 0.0}
+
+
+def test_on_a_gpu_the_step_runs_beside_products(model, monkeypatch):
+    path, layers, _ = model
+    device, asked = torch.device("cuda"), []
+
+    def products(quantization, of_layers, batch_sizes, where, dtype):
+        assert quantization == quantization_of(path) and of_layers == layers
+        asked.append((batch_sizes, where, dtype))
+        return dict.fromkeys(batch_sizes, 30.0)
+
+    def packed(settings, quantization, where, *, dtype):
+        assert quantization == quantization_of(path)
+        asked.append((where, dtype))
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(overhead, "products_us", products)
+    monkeypatch.setattr(overhead, "random_model", packed)
+    monkeypatch.setattr(overhead, "measure_step", lambda model, *step: StepTime(*step, 100.0 * step[0], 0.0, 0.0, 0))
+    assert ExecutorOverhead()(path, layers, (1, 2), 24, device) == {1: 70.0, 2: 170.0}
+    assert asked == [((1, 2), device, torch.float16), (device, torch.float16)]
 
 
 def test_both_ways_run_on_a_model(model, monkeypatch):

@@ -37,8 +37,8 @@ __device__ __forceinline__ void multiply(
 struct Tile {
     Piece keys[2][KEY_PIECES], values[4][VALUE_PIECES];
 
-    // Of positions from `first` on, with keys `here` and values `there` in memory. Zeros for positions
-    // from `end` on and for `missing`.
+    // Of positions from `first` on, with keys `here` and values `there` in memory. Zeros for positions from `end` on and for
+    // `missing`, which is being written.
     __device__ __forceinline__ void load(const u16* here, const u16* there, int first, int end, int missing) {
         int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll

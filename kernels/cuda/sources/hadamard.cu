@@ -42,13 +42,16 @@ static_assert(!ADD || NORM, "the sum is written by the first block of a row, whi
 static_assert(GROUP <= 8 && (WAYS > 1 || OWN == VECTOR), "unsupported division of work");
 
 // value[n] * sigmoid(value[n]) * factor[n] for COUNT numbers. Two numbers share a reciprocal: the unit that makes these, and
-// exponentials, is what bounds a gated rotation, as every block sees the whole row. Below -40 sigmoid stays what it is there,
-// 4e-18, so that products of two denominators are finite.
+// exponentials, is what bounds a gated rotation, as every block sees the whole row. Numbers below -40, of which 2e-16 at most
+// is left, are taken for -40, so that products of two denominators are finite.
 template <int COUNT>
 __device__ __forceinline__ void gate(float* value, const float* factor) {
     float denominator[COUNT];
 #pragma unroll
-    for (int n = 0; n < COUNT; ++n) denominator[n] = 1.0f + __expf(fminf(-value[n], 40.0f));
+    for (int n = 0; n < COUNT; ++n) {
+        if (value[n] < -40.0f) value[n] = -40.0f;
+        denominator[n] = 1.0f + __expf(-value[n]);
+    }
 #pragma unroll
     for (int n = 0; n < COUNT; n += 2) {
         if constexpr (COUNT == 1) {

@@ -320,7 +320,7 @@ __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.w
 
 // Stores where block `rank` of the cluster has what is `place` here, in static shared memory. That block must have started
 // and must not have ended: both sides of such stores are barriers of the cluster.
-__device__ __forceinline__ void store_in_cluster(const float* place, u32 rank, float value) {
+__device__ __forceinline__ void store_in_cluster(float* place, u32 rank, float value) {
     u32 here = static_cast<u32>(__cvta_generic_to_shared(place)), there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
     asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
@@ -332,6 +332,6 @@ __device__ __forceinline__ void wait_for_previous_kernels() {}
 __device__ __forceinline__ void allow_next_kernel() {}
 __device__ __forceinline__ void cluster_arrive() {}
 __device__ __forceinline__ void cluster_wait() {}
-__device__ __forceinline__ void store_in_cluster(const float*, u32, float) { stop_kernel(); }
+__device__ __forceinline__ void store_in_cluster(float*, u32, float) { stop_kernel(); }
 
 #endif

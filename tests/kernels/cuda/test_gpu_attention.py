@@ -6,6 +6,7 @@ import pytest
 import torch
 from msq.kernels.cuda import attention, hadamard, step_ops  # noqa: F401 (registers the operators)
 from msq.kernels.cuda.attention import Turning, new_workspace
+from msq.kernels.cuda.limits import device_limits
 from msq.kernels.cuda.rotation_plan import rotation_tables
 from torch.library import opcheck
 
@@ -17,6 +18,8 @@ LONG = [
     (32, 8, 128, (255,), 512, 0, torch.float16, False),
     (32, 8, 128, (100,), 4096, 0, torch.bfloat16, False),
     (32, 8, 128, (600,), 4096, 0, torch.float16, False),
+    (28, 4, 128, (5000,), 8192, 0, torch.float16, False),
+    (28, 4, 128, (4096,), 8192, 4096, torch.bfloat16, False),
     (16, 1, 256, (9000,), 16384, 0, torch.float16, False),
     (32, 32, 64, (4000, 2), 8192, 0, torch.bfloat16, False),
     (32, 8, 128, (3000, 17, 255, 0, 1023, 4095, 64, 65), 4096, 0, torch.float16, False),
@@ -51,6 +54,8 @@ def test_the_kernel_is_its_twin_and_repeats_bit_for_bit(
         assert relative_error(found.cpu(), expected) < (1e-3 if dtype is torch.float16 else 6e-3)
         assert first is None or torch.equal(found, first)
         first = found
+    shape = attention.shape_for(heads, key_heads, size, len(positions), capacity, device_limits(0))
+    assert attention._ready(shape, dtype, norm, keys.device).spilled_bytes == 0
     for row, position in enumerate(positions):
         for mine, theirs in ((keys, known[0]), (values, known[1])):
             assert relative_error(mine[row, :, : position + 1].cpu(), theirs[row, :, : position + 1]) < 1e-2

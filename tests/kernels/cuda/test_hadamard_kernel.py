@@ -93,6 +93,18 @@ def test_the_kernels_source_computes_the_rotation(emulated, size, rows, dtype, b
 
 
 @needs_compiler
+@pytest.mark.parametrize("far", [-50.0, -100.0, -1e4, -1e20])
+def test_gates_far_below_zero_leave_their_neighbours_alone(emulated, far):
+    size, tables = 256, rotation_tables(256, 3, torch.device("cpu"))
+    x = torch.full((1, size), far, dtype=torch.bfloat16)
+    x[0, 1::2] = 3.0
+    found = hadamard.rotate_gated(x, torch.ones_like(x), tables)
+    x[0, ::2] = 0.0  # what is left of such a gate
+    expected = hadamard.rotate_gated(x, torch.ones_like(x), tables)
+    assert torch.equal(found, expected) and found.isfinite().all()
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     ("size", "rows", "dtype"), [(4096, 1, torch.float16), (256, 5, torch.bfloat16), (1536, 33, torch.float16)]
 )

@@ -46,6 +46,7 @@ struct Fiber {
     State state = DONE;
     unsigned sent[2][6];  // of the last two exchanges: a lane that runs ahead doesn't overwrite what others still read
     int exchanges = 0;
+    bool arrived = false;  // at the cluster's barrier, and has not waited
     CopyGroups copies;
 };
 
@@ -67,7 +68,21 @@ inline void yield(State state) {
 
 inline void barrier() { yield(AT_BARRIER); }
 
-inline void wait_for_cluster() { yield(AT_CLUSTER_BARRIER); }
+[[noreturn]] inline void stop(const char* why) {
+    std::fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, why);
+    std::abort();
+}
+
+inline void arrive_at_cluster() {
+    if (fibers[current].arrived) stop("arrives twice at the cluster's barrier");
+    fibers[current].arrived = true;
+}
+
+inline void wait_for_cluster() {
+    if (!fibers[current].arrived) stop("waits at the cluster's barrier without having arrived");
+    fibers[current].arrived = false;
+    yield(AT_CLUSTER_BARRIER);
+}
 
 // Where block `rank` of the cluster has what is `place` in this one.
 template <class Value>
@@ -107,6 +122,7 @@ inline float shuffle(float value, int lane_mask) {
 
 inline void start() {
     body();
+    if (fibers[current].arrived) stop("ends between the halves of the cluster's barrier");
     yield(DONE);
 }
 
@@ -141,7 +157,7 @@ inline void run_block(unsigned threads) {
         fiber.context.uc_stack.ss_size = STACK_BYTES;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, start, 0);
-        fiber.state = RUNNING, fiber.exchanges = 0, fiber.copies.assign(1, {});
+        fiber.state = RUNNING, fiber.exchanges = 0, fiber.arrived = false, fiber.copies.assign(1, {});
     }
     while (!all_in(DONE, 0, threads)) {
         bool moved = false;
@@ -163,7 +179,7 @@ inline void run_block(unsigned threads) {
 inline void run_block_of(unsigned grid, unsigned threads, unsigned block) {
     if (fibers.size() < threads) fibers = std::vector<Fiber>(threads);
     gridDim.x = grid, gridDim.y = 1, blockDim.x = threads, blockIdx.x = block;
-    std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN: nothing is left of the block before
+    std::memset(dynamic_shared, 0xFF, sizeof dynamic_shared);  // NaN: nothing there is left of the block before
     run_block(threads);
 }
 

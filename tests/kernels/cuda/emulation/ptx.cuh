@@ -42,9 +42,9 @@ inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 
 inline void wait_for_previous_kernels() {}
 inline void allow_next_kernel() {}
-inline void cluster_arrive() {}
+inline void cluster_arrive() { emulator::arrive_at_cluster(); }
 inline void cluster_wait() { emulator::wait_for_cluster(); }
-inline void store_in_cluster(const float* place, u32 rank, float value) { *emulator::in_cluster(place, rank) = value; }
+inline void store_in_cluster(float* place, u32 rank, float value) { *emulator::in_cluster(place, rank) = value; }
 
 // For the kernels with tensor-core multiplications.
 #define WITHOUT 0

@@ -4,7 +4,8 @@
     y = attend(q, k, v, turning, positions, cache[0], cache[1], scale=head_size**-0.5, workspace=workspace)
 
 Turning by position (rotary embedding, halves of a head as pairs), norms of queries and keys, the new key and value on
-their way into the cache, grouped heads and a sliding window are one kernel. Sums are float32 and in a fixed order.
+their way into the cache, grouped heads and a sliding window are one kernel. Turned queries and keys and the weights of
+positions are rounded to the dtype of the activations, for tensor cores; sums are float32 and in a fixed order.
 
 What the kernel reads of older positions, and `positions` itself, it reads before the kernels ahead of it have ended
 (programmatic dependent launch): they must have been written before the last ordinary launch on the stream. A decoding

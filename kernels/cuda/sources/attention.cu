@@ -1,21 +1,21 @@
 // One step of attention: a new token of each sequence is turned to its position, joins the cache and looks back at it.
 //
 // A cluster of CLUSTER blocks takes GROUP query heads that share one key head, for one sequence and one of up to SPLITS
-// runs of its positions, of about CHUNK while there are few: clusters without a run end at once. A block takes a part of
-// that run. It
+// runs of its positions, of about CHUNK while there are few: clusters without a run end at once. A block takes a part
+// of that run. It
 //
 //   1. asks for the first keys and values of its part, which no kernel before it in the graph writes,
 //   2. turns its queries by their position (and norms them first, where NORM is set), in float32; the block that owns
 //      the new position does so with the new key, stores key and value in the cache and keeps them in shared memory,
-//   3. goes through its part: each warp multiplies TILE positions at a time with tensor cores, keys by queries and values
-//      by weights, TILES such tiles under way at once (attention_tile.cuh),
+//   3. goes through its part: each warp multiplies TILE positions at a time with tensor cores, keys by queries and
+//      values by weights, TILES such tiles under way at once (attention_tile.cuh),
 //   4. joins the warps' sums, then, through shared memory, those of the cluster's blocks, each for some of the results.
 //
-// With several runs the sums go to a workspace, and the block that comes last joins those of all runs. All of it is in a
-// fixed order: results repeat bit for bit. Counters are zero before and after.
+// With several runs the sums go to a workspace, and the block that comes last joins those of all runs. All of it is in
+// a fixed order: results repeat bit for bit. Counters are zero before and after.
 //
-// Macros: HEAD_SIZE (multiple of 8, at most 256), GROUP (at most 8), GROUPS (of query heads for one key head), KEY_HEADS,
-// SPLITS, CHUNK, CLUSTER (1, 2, 4 or 8; 1 below sm_90), WARPS, TILES, BFLOAT (1 for bf16, else fp16), NORM.
+// Macros: HEAD_SIZE (multiple of 8, at most 256), GROUP (at most 8), GROUPS (of query heads for one key head),
+// KEY_HEADS, SPLITS, CHUNK, CLUSTER (1, 2, 4 or 8; 1 below sm_90), WARPS, TILES, BFLOAT (1 for bf16, else fp16), NORM.
 #include "attention_tile.cuh"
 
 constexpr int THREADS = WARPS * LANES;
@@ -84,9 +84,9 @@ __device__ __forceinline__ Joined join(
     return joined;
 }
 
-// Args: q, k, v: rows of QUERY_HEADS, KEY_HEADS and KEY_HEADS heads, so many numbers apart; out: contiguous rows like q;
-// cosines, sines: (capacity, HALF) float32; q_weight, k_weight: HEAD_SIZE numbers, where NORM is set; positions: of the
-// new token in each sequence; keys, values: (batch, KEY_HEADS, capacity, HEAD_SIZE); scale: of the products, times
+// Args: q, k, v: rows of QUERY_HEADS, KEY_HEADS and KEY_HEADS heads, so many numbers apart; out: contiguous rows like
+// q; cosines, sines: (capacity, HALF) float32; q_weight, k_weight: HEAD_SIZE numbers, where NORM is set; positions: of
+// the new token in each sequence; keys, values: (batch, KEY_HEADS, capacity, HEAD_SIZE); scale: of the products, times
 // log2(e); window: positions that a token sees, itself included, 0 for all; sums: (batch, KEY_HEADS, GROUPS, SPLITS,
 // SUMS) float32 and counters: (batch, KEY_HEADS, GROUPS), for SPLITS > 1.
 extern "C" __global__ void __launch_bounds__(THREADS) attend(

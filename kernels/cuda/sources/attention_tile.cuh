@@ -1,7 +1,7 @@
 // A tile of positions in the attention of few queries, on tensor cores (attention.cu).
 //
 // Nothing goes through shared memory on its way: a product doesn't change when the numbers that are summed over, or the
-// rows of a result, change places, so lanes load 16 bytes of a row at once and take them as the fragments they have to be.
+// rows of a result, change places, so lanes load 16 bytes of a row at once and take them as fragments.
 //
 // Macros: those of attention.cu.
 #pragma once
@@ -16,7 +16,8 @@ constexpr int KEY_PIECES = (HEAD_SIZE + 31) / 32;    // that a lane has of a key
 constexpr int VALUE_PIECES = (HEAD_SIZE + 63) / 64;  // or of a value
 constexpr int QUERY_STRIDE = 32 * KEY_PIECES + 8;    // 8 numbers of filling keep loads free of bank conflicts
 
-static_assert(HEAD_SIZE % 8 == 0 && GROUP <= 8, "a lane takes 8 numbers; a multiplication has 8 columns, the query heads");
+static_assert(HEAD_SIZE % 8 == 0, "a lane takes 8 numbers");
+static_assert(GROUP <= 8, "a multiplication has 8 columns, the query heads");
 
 typedef Raw<BFLOAT ? BF16 : FP16, 8> Piece;
 
@@ -32,13 +33,13 @@ __device__ __forceinline__ void multiply(
 // Keys and values of TILE positions, as lane 4 g + t has them for PTX's mma.m16n8k16.
 //
 // Keys are its 16 rows: those of positions g and g + 8, of each 32 numbers the 8 from 8 t on, for two multiplications.
-// Values are transposed, their numbers the rows: those of positions 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, of each 64 numbers
-// the 8 from 8 g on, for four multiplications of which each takes a word.
+// Values are transposed, their numbers the rows: those of positions 2 t, 2 t + 1, 2 t + 8 and 2 t + 9, of each 64
+// numbers the 8 from 8 g on, for four multiplications of which each takes a word.
 struct Tile {
     Piece keys[2][KEY_PIECES], values[4][VALUE_PIECES];
 
-    // Of positions from `first` on, with keys `here` and values `there` in memory. Zeros for positions from `end` on and for
-    // `missing`, which is being written.
+    // Of positions from `first` on, with keys `here` and values `there` in memory. Zeros for positions from `end` on
+    // and for `missing`, which is being written.
     __device__ __forceinline__ void load(const u16* here, const u16* there, int first, int end, int missing) {
         int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
@@ -103,7 +104,8 @@ struct Queries {
 struct Sums {
     float maximum[2] = {LOWEST, LOWEST};  // of scores; the same in all lanes of a head
     float weights[2] = {};                // of this lane's positions
-    float values[VALUE_PIECES * PIECE_WORDS][4] = {};  // [4 p + j][n]: number 64 p + 8 g + 2 j + n / 2 of head 2 t + n % 2
+    // [4 p + j][n]: number 64 p + 8 g + 2 j + n / 2 of head 2 t + n % 2
+    float values[VALUE_PIECES * PIECE_WORDS][4] = {};
 
     // scale: of scores, times log2(e); left: positions from the tile's first on that count.
     __device__ __forceinline__ void add(const Tile& tile, const Queries& queries, float scale, int left) {

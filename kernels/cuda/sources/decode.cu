@@ -1,14 +1,14 @@
-// y = x W^T for up to 16 tokens and a packed W: decoded on the fly into the A operand of a tensor-core multiplication, of
-// fp16 weights, or of bytes with the tokens as 8-bit digits (Operand).
+// y = x W^T for up to 16 tokens and a packed W: decoded on the fly into the A operand of a tensor-core multiplication,
+// of fp16 weights, or of bytes with the tokens as 8-bit digits (Operand).
 //
 // A block takes one of SPLITS chunks of the input dimension (the grid is a multiple of SPLITS) and a range of rows of
-// tiles. Its warps form ROW_GROUPS groups, which take ROWS rows of tiles in turn; the warps of a group share the chunk's
-// columns. A warp brings the tokens of its own columns, those of group 0 do for all groups. Warps meet once for the
-// table and at the end: a warp leaves the sums of each row of tiles in a slot of shared memory, and these are added up in
-// the order of the warps. With several chunks, the block of the last one adds the others' sums in the order of the
-// chunks; they pass through `workspace`, whose words are EMPTY before and after every launch, so that a sum's arrival
-// needs no flag. That block has the highest index, so those it waits for are running or done. Every sum has a fixed
-// order: results repeat.
+// tiles. Its warps form ROW_GROUPS groups, which take ROWS rows of tiles in turn; the warps of a group share the
+// chunk's columns. A warp brings the tokens of its own columns, those of group 0 do for all groups. Warps meet once for
+// the table and at the end: a warp leaves the sums of each row of tiles in a slot of shared memory, and these are added
+// up in the order of the warps. With several chunks, the block of the last one adds the others' sums in the order of
+// the chunks; they pass through `workspace`, whose words are EMPTY before and after every launch, so that a sum's
+// arrival needs no flag. That block has the highest index, so those it waits for are running or done. Every sum has a
+// fixed order: results repeat.
 //
 // A quantizer of two rates (WIDTH_HIGH != 0) has two segments of columns; the last HIGH_WARPS warps work on the second.
 //
@@ -135,8 +135,8 @@ __device__ __forceinline__ void store_sums(u32 to, const Sums& sums, u32 factors
     }
 }
 
-// A warp at work on its share: a step is one unit in each of ROWS rows of tiles, in 2 * ROWS pieces of a block each, or of
-// part of one. Decoding runs one piece ahead of the multiplications, so neither waits for the other.
+// A warp at work on its share: a step is one unit in each of ROWS rows of tiles, in 2 * ROWS pieces of a block each, or
+// of part of one. Decoding runs one piece ahead of the multiplications, so neither waits for the other.
 template <typename Decoder, int WIDTH>
 struct Worker {
     static constexpr int PARTS = Decoder::PARTS, PIECES = 2 * PARTS * ROWS;
@@ -341,9 +341,9 @@ __device__ __forceinline__ void finish_rows(const Output& to, int chunk, int fir
 }
 
 // packed_*: units of each segment, (row_tiles, units, 128 * WIDTH bytes). codebook: fp16, null for int. scales: fp16,
-// one for each row; bias (or null) and y in the type of x. x: (batch, columns_low + columns_high). workspace: fp32 words
-// for SPLITS > 1, (SPLITS - 1, row_tiles, TOKENS, 16). Each chunk has `chunk_blocks` blocks of `least_tiles` rows of tiles,
-// the first `longer_blocks` of one more; there is shared memory for `most_tiles`.
+// one for each row; bias (or null) and y in the type of x. x: (batch, columns_low + columns_high). workspace: fp32
+// words for SPLITS > 1, (SPLITS - 1, row_tiles, TOKENS, 16). Each chunk has `chunk_blocks` blocks of `least_tiles` rows
+// of tiles, the first `longer_blocks` of one more; there is shared memory for `most_tiles`.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     const u8* packed_low, const u8* packed_high, const u16* codebook, const u16* scales, const u16* bias, const u16* x,
     u16* y, u32* workspace, int row_tiles, int units_low, int units_high, int columns_low, int columns_high, int batch,
@@ -352,7 +352,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     allow_next_kernel();
 
     int warp = shuffle(threadIdx.x / 32, 0);  // so that the compiler sees that a warp's lanes agree
-    int chunk = SPLITS == 1 ? 0 : blockIdx.x / static_cast<u32>(chunk_blocks), block = blockIdx.x - chunk * chunk_blocks;
+    int chunk = SPLITS == 1 ? 0 : blockIdx.x / static_cast<u32>(chunk_blocks);
+    int block = blockIdx.x - chunk * chunk_blocks;
     int first_tile = block * least_tiles + min(block, longer_blocks), tiles = least_tiles + (block < longer_blocks);
     Segment low = segment_of(units_low, chunk, 0, columns_low);
     Segment high = segment_of(units_high, chunk, columns_low, columns_high);
@@ -361,8 +362,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     u32 tokens = row_bias + most_tiles * ROW_BYTES;
     u32 token_stride = (low.units() + high.units()) * TOKEN_UNIT + TOKEN_FILLING;
 
-    // The codebook is asked for first, as the first lookup waits for all of the table, and weights before tokens, which a
-    // kernel ahead may still be writing.
+    // The codebook is asked for first, as the first lookup waits for all of the table, and weights before tokens, which
+    // a kernel ahead may still be writing.
     const u16 *own_scales = scales + first_tile * 16, *own_bias = bias == nullptr ? nullptr : bias + first_tile * 16;
     int in_features = columns_low + columns_high;
     Start start{x, own_scales, own_bias, in_features, batch, tiles, token_stride, row_scales, row_bias, {}};
@@ -376,7 +377,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         int column = warp % LOW_COLUMNS;
         u32 own = tokens + share.first * TOKEN_UNIT, factors = FACTOR_OFFSET + column * TOKENS * 4;
         Worker<Low, WIDTH_LOW> work{{}, Low::ask(codebook), own + lane_place, token_stride, factors, batch};
-        work.stream.begin(packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES, units_low, low.first, share, ring);
+        const u8* packed = packed_low + tiles_before * units_low * Unit<WIDTH_LOW>::BYTES;
+        work.stream.begin(packed, units_low, low.first, share, ring);
         start.prepare(share, low, own, factors, Low::gain(), work.stream);
         work.multiply_share(share, column);
     } else if constexpr (HIGH_WARPS > 0) {
@@ -384,8 +386,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
         int column = LOW_COLUMNS + (warp - LOW_WARPS) % HIGH_COLUMNS;
         u32 own = tokens + (low.units() + share.first) * TOKEN_UNIT, factors = FACTOR_OFFSET + column * TOKENS * 4;
         Worker<High, SECOND_WIDTH> work{{}, High::ask(codebook), own + lane_place, token_stride, factors, batch};
-        work.stream.begin(
-            packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES, units_high, high.first, share, ring);
+        const u8* packed = packed_high + tiles_before * units_high * Unit<SECOND_WIDTH>::BYTES;
+        work.stream.begin(packed, units_high, high.first, share, ring);
         start.prepare(share, high, own, factors, High::gain(), work.stream);
         work.multiply_share(share, column);
     }
@@ -393,5 +395,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) multiply(
     block_sync();
     check_shared_base(shared);  // late, where it costs nothing: a wrong base ends in an error all the same
     if constexpr ((WITHOUT & WITHOUT_ADDING) != 0) return;
-    finish_rows(Output{y, workspace, row_scales, row_bias, bias != nullptr, row_tiles, batch}, chunk, first_tile, tiles);
+    Output output{y, workspace, row_scales, row_bias, bias != nullptr, row_tiles, batch};
+    finish_rows(output, chunk, first_tile, tiles);
 }

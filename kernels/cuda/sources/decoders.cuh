@@ -1,16 +1,16 @@
 // Codes to what tensor cores multiply (Operand), one struct for each family of quantizers.
 //
-// Macros: FAMILY, WIDTH_LOW; LEVEL_BITS, where it is not 0 all numbers of the codebook are multiples of 2^-LEVEL_BITS, and
-// AS_BYTES, whether such weights are multiplied as bytes; TABLE_OF_PAIRS and REPLICAS for tables; STATE_BITS, TABLE_BITS,
-// SIGNED_TABLE for trellis codes, HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH for MAD.
+// Macros: FAMILY, WIDTH_LOW; LEVEL_BITS, where it is not 0 all numbers of the codebook are multiples of 2^-LEVEL_BITS,
+// and AS_BYTES, whether such weights are multiplied as bytes; TABLE_OF_PAIRS and REPLICAS for tables; STATE_BITS,
+// TABLE_BITS, SIGNED_TABLE for trellis codes, HASHES_LOW, GAIN_LOW, CONSTANTS_LOW and the same of _HIGH for MAD.
 #pragma once
 
 #include "tables.cuh"
 #include "trellis.cuh"
 
-// int: the levels are the integers minus half of the largest code. No table: a word holds the codes of pairs in *half planes*
-// (layout.py), the two codes of a pair at the same bits of its halves. One instruction brings both into the fractions of two
-// fp16 numbers, 1024 + code * 2^p, one more makes the levels; both are exact for 1 <= p <= 10 - BITS.
+// int: the levels are the integers minus half of the largest code. No table: a word holds the codes of pairs in *half
+// planes* (layout.py), the two codes of a pair at the same bits of its halves. One instruction brings both into the
+// fractions of two fp16 numbers, 1024 + code * 2^p, one more makes the levels; both are exact for 1 <= p <= 10 - BITS.
 template <int WIDTH>
 struct IntegerDecoder : HalfDecoder {
     static constexpr int BITS = WIDTH / 2;
@@ -28,7 +28,7 @@ struct IntegerDecoder : HalfDecoder {
     template <int PLACE>
     static __device__ __forceinline__ u32 levels(u32 codes, u32 exponents) {
         static_assert(PLACE >= 1 && PLACE + BITS <= 10, "not exact there");
-        // fp16: 2^-PLACE, and -(2^(10 - PLACE) + half of the largest code), which lies between 2^(10 - PLACE) and twice that
+        // fp16: 2^-PLACE, and -(2^(10 - PLACE) + half of the largest code), between 2^(10 - PLACE) and twice that
         constexpr u32 factor = (15 - PLACE) << 10;
         constexpr u32 offset = 0x8000 | (25 - PLACE) << 10 | ((1 << BITS) - 1) << (PLACE - 1);
         u32 numbers = (codes & (((1u << BITS) - 1) << PLACE) * BOTH) | exponents;
@@ -58,7 +58,7 @@ struct IntegerDecoder : HalfDecoder {
         }
     }
 
-    // The LEFT-th of the pairs left over, whose bits are the spare ones of the words in turn: from bit BIT on, at bit 1.
+    // The LEFT-th of the pairs left over, whose bits are the spare ones of the words in turn: from BIT on, at bit 1.
     template <int LEFT, int BIT = 0>
     static __device__ __forceinline__ u32 gather(const u32 (&words)[WIDTH]) {
         constexpr int PLANE = LEFT * BITS + BIT, FROM = spare_bit(PLANE % SPARE), TO = BIT + 1;
@@ -102,8 +102,8 @@ struct BytePlanes {
         return gathered;
     }
 
-    // Where the table entry of a lane's code is, with entries 256 bytes apart and the lane's copy from byte `lane` on: one byte
-    // permutation makes the address.
+    // Where the table entry of a lane's code is, with entries 256 bytes apart and the lane's copy from byte `lane` on:
+    // one byte permutation makes the address.
     static __device__ __forceinline__ u32 place(const u32 (&words)[WORDS], int code, u32 lane) {
         return permute(octet(words, code / 4), lane, 0x5504 | code % 4 << 4);
     }
@@ -117,8 +117,8 @@ __device__ __forceinline__ u32 codebook_pair(const u16* codebook, int code) {
     return codebook[first] | static_cast<u32>(codebook[second]) << 16;
 }
 
-// vq from 5 to 8 bits a pair and nuq of 8: the table entry of a pair's code, which is one byte of an octet. Every lane has its
-// own copy: no bank conflicts.
+// vq from 5 to 8 bits a pair and nuq of 8: the table entry of a pair's code, which is one byte of an octet. Every lane
+// has its own copy: no bank conflicts.
 template <int WIDTH>
 struct ByteDecoder : HalfDecoder {
     static constexpr int ENTRIES = 1 << WIDTH, STRIDE = 256, ENTRY_BYTES = 128;
@@ -192,7 +192,9 @@ struct QuadTableHalfDecoder : HalfDecoder, QuadTable<WIDTH> {
     using Table::ENTRIES, Table::STRIDE, Table::TABLE_BYTES;
     static constexpr int ENTRY_BYTES = 256;
 
-    static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) { return Table::pairs(codebook, code); }
+    static __device__ __forceinline__ Words2 entry(const u16* codebook, int code) {
+        return Table::pairs(codebook, code);
+    }
 
     static __device__ __forceinline__ Lane lane(Asked) { return lane_index() * 8; }
 
@@ -267,7 +269,7 @@ struct NibbleDecoder : QuadDecoder, Nibbles<WIDTH> {
     }
 };
 
-// The same as fp16, for more tokens than digits pay for: the lower bytes of levels and the higher ones are picked apart.
+// The same as fp16, for more tokens than digits pay for: the lower bytes of levels and the higher are picked apart.
 template <int WIDTH>
 struct NibbleHalfDecoder : HalfDecoder, Nibbles<WIDTH> {
     using typename Nibbles<WIDTH>::Asked;

@@ -17,7 +17,8 @@ __device__ __forceinline__ u32 scaled(const float* pair, float scale) {
 
 template <int BLOCK>
 __device__ __forceinline__ void write_block(
-    const Unit<WIDTH_LOW>& unit, const Decoder::Lane& decoding, const float (&scale)[2], u16* to, int out_stride, int columns) {
+    const Unit<WIDTH_LOW>& unit, const Decoder::Lane& decoding, const float (&scale)[2], u16* to, int out_stride,
+    int columns) {
     float values[2 * BLOCK_PAIRS];
     decode_values<Decoder, BLOCK>(unit, decoding, values);
     if (lane_index() % 4 * 16 >= columns) return;

@@ -5,17 +5,17 @@
 //     out[j][c] = scale * sum_i sign(M[i][j]) * value(in[i][c])        i, j < ORDER
 //
 // and then, where FWHT is set, a Walsh-Hadamard transform along the COLUMNS = INNER columns. `value` applies the random
-// signs (SIGNS), and before them x * weight (NORM; the row's 1 / rms joins the scale) or silu(gate) * up (GATE). With ADD, x is
-// the sum of two rows, rounded to their format, and is written out as well. The inverse rotation has the transposed
-// matrices and applies the signs to what the last pass writes (OUT_SIGNS).
+// signs (SIGNS), and before them x * weight (NORM; the row's 1 / rms joins the scale) or silu(gate) * up (GATE). With
+// ADD, x is the sum of two rows, rounded to their format, and is written out as well. The inverse rotation has the
+// transposed matrices and applies the signs to what the last pass writes (OUT_SIGNS).
 //
 // A block owns GROUP * WARPS_J outputs j for COLUMNS columns of one row and outer index. Each lane loads VECTOR
 // neighbouring columns; COLUMNS / VECTOR lanes span the columns, and the WAYS = WARPS_K * 32 * VECTOR / COLUMNS groups
 // of lanes that do so take every WAYS-th i. Their partial sums meet in shared memory in a fixed order; then one warp
 // transforms one j. Only partial sums go through shared memory, at the price that every block reads the row.
 //
-// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, OUT_SIGNS, NORM, ADD, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how work is
-// divided); IN and OUT: formats, 0 fp16, 1 bf16, 2 fp32.
+// Macros: OUTER, ORDER, INNER, COLUMNS, FWHT, SIGNS, OUT_SIGNS, NORM, ADD, GATE; VECTOR, WARPS_K, WARPS_J, GROUP (how
+// work is divided); IN and OUT: formats, 0 fp16, 1 bf16, 2 fp32.
 #include "rows.cuh"
 
 constexpr int WARPS = WARPS_K * WARPS_J;
@@ -41,9 +41,9 @@ static_assert(!NORM || (TILES == 1 && OUTER == 1), "a norm needs the whole row i
 static_assert(!ADD || NORM, "the sum is written by the first block of a row, which must see the whole row");
 static_assert(GROUP <= 8 && (WAYS > 1 || OWN == VECTOR), "unsupported division of work");
 
-// value[n] * sigmoid(value[n]) * factor[n] for COUNT numbers. Two numbers share a reciprocal: the unit that makes these, and
-// exponentials, is what bounds a gated rotation, as every block sees the whole row. Numbers below -40, of which 2e-16 at most
-// is left, are taken for -40, so that products of two denominators are finite.
+// value[n] * sigmoid(value[n]) * factor[n] for COUNT numbers. Two numbers share a reciprocal: the unit that makes
+// these, and exponentials, is what bounds a gated rotation, as every block sees the whole row. Numbers below -40, of
+// which 2e-16 at most is left, are taken for -40, so that products of two denominators are finite.
 template <int COUNT>
 __device__ __forceinline__ void gate(float* value, const float* factor) {
     float denominator[COUNT];
@@ -101,8 +101,8 @@ __device__ __forceinline__ void flip(float* value, const u8* signs, int place) {
 // Args: `in`: rows of ROW numbers, `in_stride` apart (the gate, where GATE is set); `second`: the up rows,
 // `second_stride` apart, or the norm's weight (ROW numbers); `out`: contiguous rows of ROW numbers; `signs`: one bit a
 // number of a row, set for -1; `matrix`: bit g of byte [j / GROUP][i], j a multiple of GROUP, is set where
-// M[i][j + g] < 0. With ADD: `residual`: rows to add, `residual_stride` apart; `total`: contiguous rows for the sums, which
-// must be no row that is read, as other blocks may still read it.
+// M[i][j + g] < 0. With ADD: `residual`: rows to add, `residual_stride` apart; `total`: contiguous rows for the sums,
+// which must be no row that is read, as other blocks may still read it.
 extern "C" __global__ void __launch_bounds__(WARPS* LANES)
     rotate(const void* in, int in_stride, const void* second, int second_stride, void* out, const u8* signs,
            const u8* matrix, float scale, float epsilon, const void* residual, int residual_stride, void* total) {

@@ -1,7 +1,7 @@
 // Own integer types and the PTX instructions that the kernels use, one function each.
 //
-// Nothing here includes a CUDA header, so NVRTC compiles it on a machine without them. Shared memory is addressed by bytes
-// from the beginning of dynamic shared memory. Instructions newer than sm_80 say so.
+// Nothing here includes a CUDA header, so NVRTC compiles it on a machine without them. Shared memory is addressed by
+// bytes from the beginning of dynamic shared memory. Instructions newer than sm_80 say so.
 #pragma once
 
 typedef unsigned char u8;
@@ -159,8 +159,8 @@ __device__ __forceinline__ u32 permute(u32 first, u32 second, u32 selector) {
     return __byte_perm(first, second, selector);
 }
 
-// The same for a selector that is no constant: its digits must be below 8, which `permute` would see to once more; what lies
-// above the four may be anything.
+// The same for a selector that is no constant: its digits must be below 8, which `permute` would see to once more; what
+// lies above the four may be anything.
 __device__ __forceinline__ u32 pick_bytes(u32 first, u32 second, u32 selector) {
     u32 result;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(first), "r"(second), "r"(selector));
@@ -253,8 +253,8 @@ __device__ __forceinline__ void store_global(u32* pointer, u32 value) {
     asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
-// Adds one to a counter that blocks share and gives what it was. What the block has stored before its last `block_sync` can
-// be seen by a block that reads the counter later, after a `block_sync` of its own.
+// Adds one to a counter that blocks share and gives what it was. What the block has stored before its last `block_sync`
+// can be seen by a block that reads the counter later, after a `block_sync` of its own.
 __device__ __forceinline__ u32 count_up(u32* counter) {
     u32 before;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
@@ -270,11 +270,14 @@ __device__ __forceinline__ float exp2_fast(float power) {
 
 // 16 bytes from global memory to `offset` bytes into dynamic shared memory, asynchronously; both aligned to 16.
 __device__ __forceinline__ void copy_async(u32 offset, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16;" ::"r"(offset), "n"(SHARED_BASE), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0 + %1], [%2], 16;"
+                 ::"r"(offset), "n"(SHARED_BASE), "l"(from)
+                 : "memory");
 }
 
-// The same for BYTES (4, 8 or 16), where `active`, with the hint of `load_once_if`; elsewhere nothing is written. Of an offset
-// that is partly the same for all lanes NVRTC 13.0 makes an illegal instruction here: it must not see that (Stream::begin).
+// The same for BYTES (4, 8 or 16), where `active`, with the hint of `load_once_if`; elsewhere nothing is written. Of an
+// offset that is partly the same for all lanes NVRTC 13.0 makes an illegal instruction here: it must not see that
+// (Stream::begin).
 template <int BYTES>
 __device__ __forceinline__ void copy_async_if(u32 offset, const void* from, bool active) {
     u32 wanted = active;
@@ -314,12 +317,14 @@ __device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontr
 
 // A barrier of all threads of a cluster of blocks, in two halves: what a thread has stored in any block's shared memory
 // before it arrives can be seen by those that have waited. Threads of a warp come together.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Stores where block `rank` of the cluster has what is `place` here, in static shared memory. That block must have started
-// and must not have ended: both sides of such stores are barriers of the cluster.
+// Stores where block `rank` of the cluster has what is `place` here, in static shared memory. That block must have
+// started and must not have ended: both sides of such stores are barriers of the cluster.
 __device__ __forceinline__ void store_in_cluster(float* place, u32 rank, float value) {
     u32 here = static_cast<u32>(__cvta_generic_to_shared(place)), there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));

@@ -1,15 +1,15 @@
 // A warp's units from global memory to registers, some steps in flight while another is decoded.
 //
-// A step is one unit in each of ROWS rows of tiles, of the same columns. A warp goes through its columns, then on to the
-// next ROWS rows of its group (every ROW_GROUPS-th), and no warp waits for another.
+// A step is one unit in each of ROWS rows of tiles, of the same columns. A warp goes through its columns, then on to
+// the next ROWS rows of its group (every ROW_GROUPS-th), and no warp waits for another.
 //
 // RING = 0: straight to registers. The compiler counts these loads with one scoreboard, so that waiting for one step is
-// waiting for all that were asked for since. So the next step is asked for when the one before has come, and not earlier; but
-// a warp that has few steps asks for STEPS_AT_START of them at once.
+// waiting for all that were asked for since. So the next step is asked for when the one before has come, and not
+// earlier; but a warp that has few steps asks for STEPS_AT_START of them at once.
 //
-// RING > 0: through a ring of so many steps in shared memory, where each lane copies and reads its own words. That many steps
-// are in flight, for decoders that leave shared memory the time. Loads come back in the order in which they were asked for, so
-// the second step and those after it are asked for behind the tokens, which would wait for them.
+// RING > 0: through a ring of so many steps in shared memory, where each lane copies and reads its own words. That many
+// steps are in flight, for decoders that leave shared memory the time. Loads come back in the order in which they were
+// asked for, so the second step and those after it are asked for behind the tokens, which would wait for them.
 #pragma once
 
 #include "decoders.cuh"
@@ -33,8 +33,8 @@ struct Stream {
     int column_left;  // and from `next` to their end
     u32 ring, slot;   // in shared memory, at this lane's place: the ring, and its step that is read next
 
-    // `packed`: the block's first row of tiles, of `stride_units` units; `chunk`: where the block's columns begin there;
-    // `own_ring`: the warp's; the compiler mustn't see that its lanes agree (copy_async_if).
+    // `packed`: the block's first row of tiles, of `stride_units` units; `chunk`: where the block's columns begin
+    // there; `own_ring`: the warp's; the compiler mustn't see that its lanes agree (copy_async_if).
     __device__ __forceinline__ void begin(
         const u8* packed, int stride_units, int chunk, const Share& share, u32 own_ring) {
         columns = column_left = share.units;
@@ -68,7 +68,8 @@ struct Stream {
         }
     }
 
-    // RING > 0: reads a row of the next step, the rows in order; with the last one asks for a further step in its place.
+    // RING > 0: reads a row of the next step, the rows in order; with the last one asks for a further step in its
+    // place.
     __device__ __forceinline__ void take(int row) {
         if (row == 0) wait_for_copy_groups<RING == 0 ? 0 : RING - 1>();
         units[0][row].read(slot + row * BYTES);

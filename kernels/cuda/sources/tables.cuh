@@ -1,13 +1,13 @@
-// Tables, made of the codebook in global memory (TableFilling), lie at the start of shared memory with REPLICAS copies of
-// every 4-byte entry side by side. With 32 of them each lane reads its own bank, so a lookup is one wavefront whatever the
-// codes; with fewer, lanes that share a copy may collide.
+// Tables, made of the codebook in global memory (TableFilling), lie at the start of shared memory with REPLICAS copies
+// of every 4-byte entry side by side. With 32 of them each lane reads its own bank, so a lookup is one wavefront
+// whatever the codes; with fewer, lanes that share a copy may collide.
 #pragma once
 
 #include "units.cuh"
 
 // A table on its way to shared memory, by the first THREADS threads of a block: `ask` loads what it is made of, `store`
-// writes every entry's copies. Decoder::entry gives the two words that repeat through an entry's ENTRY_BYTES; entries are
-// STRIDE bytes apart.
+// writes every entry's copies. Decoder::entry gives the two words that repeat through an entry's ENTRY_BYTES; entries
+// are STRIDE bytes apart.
 template <typename Decoder, int THREADS>
 struct TableFilling {
     static constexpr int STORE_BYTES = Decoder::ENTRY_BYTES < 16 ? 4 : 16;

@@ -1,4 +1,5 @@
-// The activations of a warp's columns, in shared memory as fp16, or as 8-bit digits for what is multiplied byte by byte.
+// The activations of a warp's columns, in shared memory as fp16, or as 8-bit digits for what is multiplied byte by
+// byte.
 //
 // bf16 has a wider range than fp16, so each token's values are multiplied by a power of two that brings the largest
 // among the warp's columns to between 2^14 and 2^15; that is exact but for values 2^-29 times smaller than it. The
@@ -8,8 +9,8 @@
 #include "activation.cuh"
 #include "units.cuh"
 
-// Columns of one rate that a block reads: units `first .. end` of those that lie at columns `column .. column + columns`
-// of x. The last unit may be wider than what there is; it is filled with zeros.
+// Columns of one rate that a block reads: units `first .. end` of those that lie at columns `column .. column +
+// columns` of x. The last unit may be wider than what there is; it is filled with zeros.
 struct Segment {
     int first, end, column, columns;
 
@@ -54,8 +55,9 @@ struct TokenPieces {
         }
     }
 
-    // Brings SIDE_BY_SIDE tokens, from the `token`-th on: `put(row, piece, words)` for each piece of the row-th of them.
-    // `largest`: of each token's magnitudes, as bits. `meanwhile` is called once, when the first of x has been asked for.
+    // Brings SIDE_BY_SIDE tokens, from the `token`-th on: `put(row, piece, words)` for each piece of the row-th of
+    // them. `largest`: of each token's magnitudes, as bits. `meanwhile` is called once, when the first of x has been
+    // asked for.
     template <typename Put, typename Meanwhile>
     __device__ __forceinline__ void bring(
         int token, u32 (&largest)[SIDE_BY_SIDE], Put put, Meanwhile meanwhile) const {
@@ -106,22 +108,21 @@ struct TokenFilling : TokenPieces {
         for (int piece = lane_index(); piece < pieces; piece += 32) {
             u32 own = to + token * stride + 16 * piece;
             Words4 v = load_shared_four(own);
-            store_shared(
-                own, Words4{
-                         scale_pair(v.x, power), scale_pair(v.y, power), scale_pair(v.z, power), scale_pair(v.w, power)});
+            u32 x = scale_pair(v.x, power), y = scale_pair(v.y, power);
+            store_shared(own, Words4{x, y, scale_pair(v.z, power), scale_pair(v.w, power)});
         }
     }
 };
 
 constexpr int DIGITS = 2, DIGIT_BASE = 254;  // half of the base is the largest lower digit
 
-// The tokens as two digits to the base DIGIT_BASE, for what tensor cores multiply byte by byte. x is taken times a power of two,
-// which brings the largest of the warp's columns to between 32 and 64; the digits are signed bytes, the higher ones first and
-// the lower ones `stride` bytes further. So x keeps 14 bits below the largest, where fp16 has 11 of its own. The warp's sums,
-// in units of the higher digit, are multiplied by `gain` and the inverse of that power.
+// The tokens as two digits to the base DIGIT_BASE, for what tensor cores multiply byte by byte. x is taken times a
+// power of two, which brings the largest of the warp's columns to between 32 and 64; the digits are signed bytes, the
+// higher ones first and the lower ones `stride` bytes further. So x keeps 14 bits below the largest, where fp16 has 11
+// of its own. The warp's sums, in units of the higher digit, are multiplied by `gain` and the inverse of that power.
 //
-// With quads a column's digit is a byte. With the bytes of a hash (MadDecoder) a pair of columns (x0, x1) has a word of digits,
-// the lowest byte first, of 3/4 (x1 - x0), x1, 3/4 (x0 + x1), x0.
+// With quads a column's digit is a byte. With the bytes of a hash (MadDecoder) a pair of columns (x0, x1) has a word of
+// digits, the lowest byte first, of 3/4 (x1 - x0), x1, 3/4 (x0 + x1), x0.
 template <Operand OPERAND>
 struct DigitFilling : TokenPieces {
     static constexpr int LARGEST_EXPONENT = 5;
@@ -174,8 +175,8 @@ struct DigitFilling : TokenPieces {
         return Words4{first.x, first.y, last.x, last.y};
     }
 
-    // What a token's values are multiplied by, of their largest magnitude (bits of its format): bits of a float for bf16, else
-    // two factors in fp16, as one may be too large for it.
+    // What a token's values are multiplied by, of their largest magnitude (bits of its format): bits of a float for
+    // bf16, else two factors in fp16, as one may be too large for it.
     __device__ __forceinline__ u32 scale_of(int token, u32 largest) const {
         int exponent = static_cast<int>(float_to_bits(value_of(largest)) >> 23);  // biased by 127
         int up = min(127 + LARGEST_EXPONENT - exponent, BFLOAT ? 126 : 30);
@@ -187,7 +188,8 @@ struct DigitFilling : TokenPieces {
         return (15 + one) << 10 | (15 + up - one) << 26;
     }
 
-    // TOGETHER tokens; the first one's scale is that of lane `lane`. There is room for absent ones, of which anything is made.
+    // TOGETHER tokens; the first one's scale is that of lane `lane`. There is room for absent ones, of which anything
+    // is made.
     __device__ __forceinline__ void write(int token, int lane, u32 lane_scale) const {
         u32 scale[TOGETHER];
 #pragma unroll

@@ -45,8 +45,8 @@ struct Run {
 };
 
 // tcq of the code HYB: the hash h = s * (s + 1) needs only the low 16 bits of the state s to be right. Bits
-// 15 - TABLE_BITS .. 14 of h are the table index, bit 15 flips the sign of the first weight; a SIGNED table holds both signs,
-// so that bit 15 just extends the index.
+// 15 - TABLE_BITS .. 14 of h are the table index, bit 15 flips the sign of the first weight; a SIGNED table holds both
+// signs, so that bit 15 just extends the index.
 template <int WIDTH, int STATE, int INDEX, int COPIES, bool SIGNED>
 struct TrellisDecoder : HalfDecoder, TrellisRuns<WIDTH> {
     static constexpr int ENTRIES = 1 << (INDEX + SIGNED), STRIDE = COPIES * 4, ENTRY_BYTES = STRIDE;
@@ -85,8 +85,9 @@ struct TrellisDecoder : HalfDecoder, TrellisRuns<WIDTH> {
 #define CONSTANTS_HIGH CONSTANTS_LOW
 #endif
 
-// tcq of the code MAD (kernels/mad.py): a pair's words are its hashes, one or two multiply-adds of the state, whose signed
-// bytes lie along four directions of the plane. A part of a block is all its pairs for one hash, half of them for two.
+// tcq of the code MAD (kernels/mad.py): a pair's words are its hashes, one or two multiply-adds of the state, whose
+// signed bytes lie along four directions of the plane. A part of a block is all its pairs for one hash, half of them
+// for two.
 template <int WIDTH, int STATE>
 struct MadDecoder : AnyDecoder, TrellisRuns<WIDTH> {
     using Sum = int;
@@ -108,7 +109,8 @@ struct MadDecoder : AnyDecoder, TrellisRuns<WIDTH> {
 
     static __device__ __forceinline__ Lane lane(Asked) { return 0; }
 
-    // 16 bits from bit `position` on, and the same again in the upper half: bytes of shifted words, which neighbours share.
+    // 16 bits from bit `position` on, and the same again in the upper half: bytes of shifted words, which neighbours
+    // share.
     template <int N>
     static __device__ __forceinline__ u32 doubled(const u32 (&words)[N], int position) {
         int word = position >> 5, byte = position >> 3 & 3, shift = position & 7;
@@ -141,7 +143,8 @@ struct MadDecoder : AnyDecoder, TrellisRuns<WIDTH> {
 
     // Both weights of every pair.
     template <int BLOCK, int PART = 0>
-    static __device__ __forceinline__ void values(const Unit<WIDTH>& unit, Lane lane, float (&weights)[2 * BLOCK_PAIRS]) {
+    static __device__ __forceinline__ void values(
+        const Unit<WIDTH>& unit, Lane lane, float (&weights)[2 * BLOCK_PAIRS]) {
         Words words;
         decode<BLOCK, PART>(unit, lane, words);
 #pragma unroll

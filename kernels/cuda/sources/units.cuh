@@ -4,8 +4,8 @@
 // each block, the codes of pairs 16 g .. 16 g + 15 of tile t: 16 * WIDTH consecutive bits of that tile's stream, rows g
 // and g + 8, all 16 columns. The two blocks' bits follow one another in the lane's WIDTH words, unless these are byte
 // planes (BytePlanes), half planes (IntegerDecoder) or nibbles (Nibbles). Pair 4 m + j is columns 2m and 2m + 1 of
-// tile t, 8 further where j >= 2, of row g, or g + 8 where j is odd. Weights that are multiplied as bytes go by *quads*,
-// four neighbouring columns of a row: quad 2 c + r is columns 4c .. 4c + 3 of row g + 8 r.
+// tile t, 8 further where j >= 2, of row g, or g + 8 where j is odd. Weights that are multiplied as bytes go by
+// *quads*, four neighbouring columns of a row: quad 2 c + r is columns 4c .. 4c + 3 of row g + 8 r.
 //
 // Words of a unit in memory, for all lanes: WIDTH / 4 pieces of 16 bytes a lane, then 8 bytes a lane if WIDTH & 2, then
 // 4 if WIDTH & 1: 128 * WIDTH bytes, every access aligned and without bank conflicts.
@@ -43,7 +43,8 @@ struct Unit {
     static constexpr int LANE_BYTES = WIDTH >= 4 ? 16 : WIDTH >= 2 ? 8 : 4;  // of a lane's first piece
     static constexpr int TWOS = WIDTH / 4 * 512;                      // where the pieces of 8 bytes begin,
     static constexpr int ONES = TWOS + ((WIDTH & 2) != 0 ? 256 : 0);  // and those of 4
-    static constexpr int TO_TWO = LANE_BYTES - 8, TO_ONE = LANE_BYTES - 4;  // from a lane's first piece back to these, a lane
+    // From a lane's first piece back to these, a lane.
+    static constexpr int TO_TWO = LANE_BYTES - 8, TO_ONE = LANE_BYTES - 4;
 
     // A lane's words. `place`: of its first piece in global memory; where not `active`, the words stay as they are.
     __device__ __forceinline__ void load(const u8* place, bool active = true, int lane = lane_index()) {
@@ -65,13 +66,20 @@ struct Unit {
         }
     }
 
-    // The same to shared memory, asynchronously, where a unit's bytes lie as in global memory. `to`: of a lane's first piece.
+    // The same to shared memory, asynchronously, where a unit's bytes lie as in global memory. `to`: of a lane's first
+    // piece.
     static __device__ __forceinline__ void copy(u32 to, const u8* place, bool active) {
         int lane = lane_index();
 #pragma unroll
-        for (int piece = 0; piece < WIDTH / 4; ++piece) copy_async_if<16>(to + 512 * piece, place + 512 * piece, active);
-        if constexpr ((WIDTH & 2) != 0) copy_async_if<8>(to - TO_TWO * lane + TWOS, place - TO_TWO * lane + TWOS, active);
-        if constexpr ((WIDTH & 1) != 0) copy_async_if<4>(to - TO_ONE * lane + ONES, place - TO_ONE * lane + ONES, active);
+        for (int piece = 0; piece < WIDTH / 4; ++piece) {
+            copy_async_if<16>(to + 512 * piece, place + 512 * piece, active);
+        }
+        if constexpr ((WIDTH & 2) != 0) {
+            copy_async_if<8>(to - TO_TWO * lane + TWOS, place - TO_TWO * lane + TWOS, active);
+        }
+        if constexpr ((WIDTH & 1) != 0) {
+            copy_async_if<4>(to - TO_ONE * lane + ONES, place - TO_ONE * lane + ONES, active);
+        }
     }
 
     // A lane's words from shared memory. `from`: of its first piece.
@@ -104,12 +112,13 @@ __device__ __forceinline__ u32 window(const u32 (&words)[N], int position, int c
     return funnel_shift(words[word], words[word + 1], shift);
 }
 
-// What tensor cores multiply: fp16 weights in pairs, with fp16 activations; or bytes, with activations as digits (tokens.cuh):
-// of hashes that are a pair of weights along four directions, or of the weights of a quad.
+// What tensor cores multiply: fp16 weights in pairs, with fp16 activations; or bytes, with activations as digits
+// (tokens.cuh): of hashes that are a pair of weights along four directions, or of the weights of a quad.
 enum class Operand { HALVES, DIRECTIONS, QUADS };
 
-// What is common to decoders. `decode<BLOCK, PART>` gives the words of a block, which PARTS calls give whole; sums of products
-// are multiplied by `gain`. `ask` loads what a lane wants to know of the codebook, `lane` makes of it what it decodes with.
+// What is common to decoders. `decode<BLOCK, PART>` gives the words of a block, which PARTS calls give whole; sums of
+// products are multiplied by `gain`. `ask` loads what a lane wants to know of the codebook, `lane` makes of it what it
+// decodes with.
 struct AnyDecoder {
     static constexpr int PARTS = 1;
     static constexpr int ENTRIES = 0, STRIDE = 0, ENTRY_BYTES = 16, TABLE_BYTES = 0;  // where there is no table
@@ -146,7 +155,8 @@ struct QuadDecoder : AnyDecoder {
 
     // Four fp16 weights of a codebook as bytes.
     static __device__ __forceinline__ u32 bytes_of(u32 first_two, u32 last_two) {
-        constexpr u32 BOTH = 0x00010001, STEPS = (15 + LEVEL_BITS) << 10, ROUNDER = 0x6600;  // 1536: sums with it are integers
+        constexpr u32 BOTH = 0x00010001, STEPS = (15 + LEVEL_BITS) << 10;
+        constexpr u32 ROUNDER = 0x6600;  // 1536: sums with it are integers
         u32 first = multiply_add_half2(first_two, STEPS * BOTH, ROUNDER * BOTH);
         return permute(first, multiply_add_half2(last_two, STEPS * BOTH, ROUNDER * BOTH), 0x6420);
     }

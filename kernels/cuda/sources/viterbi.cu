@@ -23,7 +23,8 @@ constexpr int WARPS = BLOCK_THREADS / 32;
 constexpr int ROW = TILES < 4 ? TILES : 4;  // tiles whose M[u] lie side by side
 constexpr int PLANES = TILES / ROW;
 constexpr int M_WORDS = OVERLAPS * TILES;
-static_assert(LANES * RUN * RUNS * 2 == OVERLAPS && LANES * SPLITS == BLOCK_THREADS && SPLITS <= FAN, "work must divide");
+static_assert(LANES * RUN * RUNS * 2 == OVERLAPS, "lanes must divide the overlaps");
+static_assert(LANES * SPLITS == BLOCK_THREADS && SPLITS <= FAN, "threads must divide the fan");
 static_assert(RUN == 1 || RUN == 2 || RUN == 4, "a run is one load of points");
 static_assert(RUN <= FAN, "a run shares its M");
 static_assert(WINDOW <= STEPS, "the window has to fit into the scratch memory");
@@ -194,8 +195,8 @@ __device__ __forceinline__ void warp_least(float& value, u32& index) {
     }
 }
 
-// Follows the best path of a tile from the overlap `low` through `count` steps from step `first` on, given M_{t+1} of each
-// in `kept`; writes the new bits of every step to `codes` unless that is null. One warp; returns the last overlap.
+// Follows the best path of a tile from the overlap `low` through `count` steps from step `first` on, given M_{t+1} of
+// each in `kept`; writes the new bits of every step to `codes` unless that is null. One warp; returns the last overlap.
 __device__ __forceinline__ u32 trace(
     const Shared& shared, const u32* __restrict__ points, const float* kept, int first, int count, int tile, u32 low,
     int* codes) {
@@ -225,7 +226,8 @@ __device__ __forceinline__ u32 trace(
 //   codes: (tiles, STEPS) out.
 //   scratch: (gridDim.x, STEPS, M_WORDS).
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, RESIDENT) encode(
-    const Pair* __restrict__ pairs, const u32* __restrict__ points, int* __restrict__ codes, float* scratch, int tiles) {
+    const Pair* __restrict__ pairs, const u32* __restrict__ points, int* __restrict__ codes, float* scratch,
+    int tiles) {
     DYNAMIC_SHARED(bytes);
     Shared shared;
     shared.costs = reinterpret_cast<float*>(bytes);
@@ -261,7 +263,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, RESIDENT) encode(
         block_sync();
         for (int i = thread; i < M_WORDS; i += BLOCK_THREADS) {
             int tile = i / (OVERLAPS * ROW) * ROW + i % ROW, u = i / ROW % OVERLAPS;
-            shared.costs[i] = kept[(STEPS - 1) * M_WORDS + i] = u == static_cast<int>(shared.lows[tile]) ? 0.0f : INFINITE;
+            float cost = u == static_cast<int>(shared.lows[tile]) ? 0.0f : INFINITE;
+            shared.costs[i] = kept[(STEPS - 1) * M_WORDS + i] = cost;
         }
         block_sync();
         for (int t = STEPS - 1; t > 0; --t) step(shared, points, t, kept + (t - 1) * M_WORDS);

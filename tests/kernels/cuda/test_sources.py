@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import msq.kernels.cuda.jit as jit
 import pytest
+from msq.kernels.cuda import jit
 
 SOURCES = sorted(jit.SOURCES.iterdir())
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import ProfileError
 from .files import try_lock
-from .schema import MANIFEST_FILE, TABLES
+from .schema import MANIFEST_FILE
 
 JOURNAL_FILE = "unfinished.jsonl"
 
@@ -24,7 +24,6 @@ def make_directory(out: Path, *, restart: bool) -> None:
     """Make the directory of a profile, unless a finished one is in it that is not to be replaced, or others' files.
 
     A manifest beside a journal is the profile that the journal led to: its job was interrupted while it cleaned up.
-    Tables without either are of a job that replaced a profile and ended before its first row.
 
     Raises:
         ProfileError: it can't be made, holds a profile, or other files and none.
@@ -35,11 +34,11 @@ def make_directory(out: Path, *, restart: bool) -> None:
         held = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")}
     except OSError as cause:
         raise ProfileError(f"can't write the profile {out}: {cause.strerror or cause}.") from cause
-    others = sorted(held - {table.file for table in TABLES})
-    if others and not held & {MANIFEST_FILE, JOURNAL_FILE}:
-        raise ProfileError(f"{out} holds {others[0]} and no profile; choose a new or empty directory as --out.")
-    if restart:
-        (out / MANIFEST_FILE).unlink(missing_ok=True)
+    if held and not held & {MANIFEST_FILE, JOURNAL_FILE}:
+        raise ProfileError(f"{out} holds {min(held)} and no profile; choose a new or empty directory as --out.")
+    if restart and (out / MANIFEST_FILE).exists():
+        (out / JOURNAL_FILE).touch()  # first: a job that is killed now finds its directory again
+        (out / MANIFEST_FILE).unlink()
     elif (out / MANIFEST_FILE).exists() and not (out / JOURNAL_FILE).exists():
         raise ProfileError(f"{out} already holds a profile; choose another --out, or add --restart to replace it.")
 

@@ -73,13 +73,23 @@ def test_a_directory_of_others_is_left_alone(tmp_path, restart):
     make_directory(tmp_path, restart=restart)
 
 
+def test_a_directory_with_only_a_table_of_others_is_left_alone(tmp_path):
+    (tmp_path / "layers.csv").write_text("mine")
+    with pytest.raises(ProfileError, match=r"holds layers.csv and no profile"):
+        make_directory(tmp_path, restart=True)
+
+
 def test_a_profile_is_replaced_beside_notes_and_after_a_restart_that_failed(tmp_path):
     for name in (MANIFEST_FILE, "layers.csv", "plan.yaml"):
         (tmp_path / name).touch()
     make_directory(tmp_path, restart=True)
+    assert {path.name for path in tmp_path.iterdir()} == {JOURNAL_FILE, "layers.csv", "plan.yaml"}
+    for restart in (True, False):  # killed before its first row
+        make_directory(tmp_path, restart=restart)
+    with Journal(tmp_path / JOURNAL_FILE, JOB) as journal:
+        assert journal.count("row") == 0
+    (tmp_path / JOURNAL_FILE).unlink()
     (tmp_path / "plan.yaml").unlink()
-    assert [path.name for path in tmp_path.iterdir()] == ["layers.csv"]
-    make_directory(tmp_path, restart=False)
     (tmp_path / "layers.csv").rename(tmp_path / ".layers.csv.0123456789abcdef")
     make_directory(tmp_path, restart=False)
 

@@ -173,8 +173,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         for (int n = 0; n < TILES; ++n) {
             int of_tile = from + n * STRIDE;
             if (of_tile >= end) continue;
-            bool last = of_tile <= position && position < of_tile + TILE;
-            if (last) tiles[n].insert(new_key, new_value, of_tile, position);
+            bool has_position = of_tile <= position && position < of_tile + TILE;
+            if (has_position) tiles[n].insert(new_key, new_value, of_tile, position);
             warp_sums.add(tiles[n], own, scale, end - of_tile);
             tiles[n].load(keys + cache, values + cache, of_tile + TILES * STRIDE, end, position);
         }
@@ -229,17 +229,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) attend(
         if (threadIdx.x == 0) store_global(counters + place, 0);
         for (int item = threadIdx.x; item < ITEMS; item += THREADS) {
             int head = item / HEAD_SIZE;
-            float maxima[SPLITS], weights[SPLITS], parts[SPLITS];
+            float maxima[SPLITS], weights[SPLITS], weighted[SPLITS];
 #pragma unroll
             for (int s = 0; s < SPLITS; ++s) {
-                maxima[s] = LOWEST, weights[s] = parts[s] = 0;
+                maxima[s] = LOWEST, weights[s] = weighted[s] = 0;
                 if (s >= runs) continue;
                 const u32* run_sums = runs_sums + s * SUMS;
                 maxima[s] = bits_to_float(load_global(run_sums + head));
                 weights[s] = bits_to_float(load_global(run_sums + GROUP + head));
-                parts[s] = bits_to_float(load_global(run_sums + 2 * GROUP + item));
+                weighted[s] = bits_to_float(load_global(run_sums + 2 * GROUP + item));
             }
-            Joined joined = join<SPLITS>(maxima, weights, 1, parts, 1);
+            Joined joined = join<SPLITS>(maxima, weights, 1, weighted, 1);
             row[item] = bits_of(joined.value / joined.weights);
         }
     }

@@ -19,7 +19,8 @@ constexpr int QUERY_STRIDE = 32 * KEY_PIECES + 8;    // 8 numbers of filling kee
 static_assert(HEAD_SIZE % 8 == 0, "a lane takes 8 numbers");
 static_assert(GROUP <= 8, "a multiplication has 8 columns, the query heads");
 
-typedef Raw<BFLOAT ? BF16 : FP16, 8> Piece;
+constexpr int FORMAT = BFLOAT ? BF16 : FP16;
+typedef Raw<FORMAT, 8> Piece;
 
 __device__ __forceinline__ void multiply(
     float (&sum)[4], u32 a, u32 b, u32 c, u32 d, u32 low, u32 high) {
@@ -138,7 +139,9 @@ struct Sums {
 #pragma unroll
             for (auto& sum : values) sum[head] *= factor, sum[2 + head] *= factor;
         }
-        u32 low = transpose(pair_of(weight[0], weight[1])), high = transpose(pair_of(weight[2], weight[3]));
+        Raw<FORMAT, 2> first, second;  // positions g and g + 8
+        first.set(weight), second.set(weight + 2);
+        u32 low = transpose(first.word[0]), high = transpose(second.word[0]);
 #pragma unroll
         for (int i = 0; i < VALUE_PIECES; ++i) {
 #pragma unroll
@@ -150,10 +153,6 @@ struct Sums {
                     permute(c, d, 0x7632), low, high);
             }
         }
-    }
-
-    static __device__ __forceinline__ u32 pair_of(float low, float high) {
-        return bits_of(low) | static_cast<u32>(bits_of(high)) << 16;
     }
 
     // To the warp's places: HEAD_SIZE values, a maximum and a sum of weights for each of GROUP heads.

@@ -36,13 +36,12 @@ from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .model_config import check_context, read_json
 from .models import choose_device, load_model
-from .overhead import StepOverhead, journaled_overhead, measure_plain, stock_overhead
+from .overhead import StepOverhead, journaled_overhead, measure_plain, overhead_method, stock_overhead
 from .quantizer_errors import measure_errors
 from .schema import (
     EMBED,
     HEAD,
     MANIFEST_FILE,
-    STOCK_METHODS,
     LatencyPart,
     LossMethod,
     LossPart,
@@ -219,7 +218,7 @@ def _measure(
 ) -> Profile:
     layers = model_info.layers
     windows = tokens.windows
-    timer, method = timer_for(device), (STOCK_METHODS if overhead is None else overhead.methods)[device.type]
+    timer, method = timer_for(device), overhead_method(overhead, device)
     sensitivities, beside, dtype = _run_model(
         model_dir, layers, windows, settings, overhead, method, device, timer, journal
     )

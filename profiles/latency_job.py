@@ -30,8 +30,8 @@ from .journal import JOURNAL_FILE, Journal, make_directory
 from .latency import measure_latency, monitored
 from .model_config import check_context, read_json
 from .models import choose_device, load_config
-from .overhead import StepOverhead, journaled_overhead, measure_plain, stand_ins, stock_overhead
-from .schema import EMBED, HEAD, MANIFEST_FILE, STOCK_METHODS, LatencyPart, ProfileManifest
+from .overhead import StepOverhead, journaled_overhead, measure_plain, overhead_method, stand_ins, stock_overhead
+from .schema import EMBED, HEAD, MANIFEST_FILE, LatencyPart, ProfileManifest
 from .tables import Profile, load_profile, save_profile
 from .timing import Timer, timer_for
 
@@ -115,7 +115,7 @@ def _measure(
     journal: Journal,
 ) -> Profile:
     layers, timer = info.layers, timer_for(device)
-    method = (STOCK_METHODS if overhead is None else overhead.methods)[device.type]
+    method = overhead_method(overhead, device)
     dtype = _DTYPES[layers[0].dtype] if device.type == "cuda" else torch.float32
     with monitored(device) as monitor:
         latencies = measure_latency(

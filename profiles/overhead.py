@@ -20,7 +20,7 @@ from .inventory import LayerInfo
 from .journal import Journal
 from .latency import lookup_tokens
 from .progress import progress
-from .schema import EMBED, HEAD
+from .schema import EMBED, HEAD, STOCK_METHODS
 from .timing import Timer
 
 
@@ -47,6 +47,11 @@ class StepOverhead(Protocol):
             config: a config.json or a model directory.
             context: tokens already in the cache.
         """
+
+
+def overhead_method(overhead: StepOverhead | None, device: torch.device) -> str:
+    """What a profile calls an overhead measured on a device; `overhead` is None for that of the stock model."""
+    return (STOCK_METHODS if overhead is None else overhead.methods)[device.type]
 
 
 def journaled_overhead(

@@ -36,19 +36,9 @@ class Emulated:
             "void launch(unsigned grid, unsigned block, unsigned cluster, void** args) "
             f"{{ emulator::run({source.entry}, grid, block, cluster, args); }}\n"
         )
-        command = [
-            str(COMPILER),
-            "-std=c++17",
-            "-O1",
-            "-w",
-            "-pthread",
-            "-shared",
-            "-fPIC",
-            "-o",
-            "kernel.so",
-            "main.cpp",
-        ]
-        command.append("-fvisibility=hidden")  # else `inline` variables are shared with the libraries loaded before
+        # hidden, else `inline` variables are shared with the libraries loaded before
+        flags = ["-std=c++17", "-O1", "-w", "-pthread", "-shared", "-fPIC", "-fvisibility=hidden"]
+        command = [str(COMPILER), *flags, "-o", "kernel.so", "main.cpp"]
         command += [f"-D{name}={value}" for name, value in source.macros]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{source}\n{done.stderr}"

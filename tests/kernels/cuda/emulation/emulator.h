@@ -86,8 +86,8 @@ inline void wait_for_cluster() {
 
 // Where block `rank` of the cluster has what is `place` in this one.
 template <class Value>
-Value* in_cluster(const Value* place, unsigned rank) {
-    return (Value*)(anchors[rank] + ((const char*)place - &anchor));
+Value* in_cluster(Value* place, unsigned rank) {
+    return (Value*)(anchors[rank] + ((char*)place - &anchor));
 }
 
 inline CopyGroups& copies() { return fibers[current].copies; }
@@ -169,10 +169,7 @@ inline void run_block(unsigned threads) {
             pthread_barrier_wait(&cluster_barrier);
             release(0, threads), moved = true;
         }
-        if (!moved) {
-            std::fprintf(stderr, "block %u: not all threads reach the same barrier or exchange\n", blockIdx.x);
-            std::abort();
-        }
+        if (!moved) stop("the last to move, and not all threads reach the same barrier or exchange");
     }
 }
 
